@@ -9,6 +9,7 @@ EnginesError
 ├── TransitionRefused      a state change that the life-cycle table doesn't have
 ├── LaunchFailed           an engine could not be started or died while starting; carries its last lines
 │   └── LaunchRefused      the engine host said no: an older epoch, bad order
+├── LeadershipLost         another controller leads, so this one's change was not written
 └── EngineUnreachable      an engine that did not answer; before its first byte, so another attempt may be made
 """
 
@@ -57,6 +58,10 @@ class LaunchFailed(EnginesError):
 
 class LaunchRefused(LaunchFailed):
     """The engine host refused the order; nothing was started."""
+
+
+class LeadershipLost(EnginesError):
+    """Another controller leads; nothing was written, and the one that was told so must stop deciding."""
 
 
 class EngineUnreachable(EnginesError):
