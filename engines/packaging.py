@@ -28,7 +28,7 @@ CONFIG: Final = "config.json"
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 
-CONFIGS: Final = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json",
+CONFIGS: Final[tuple[str, ...]] = (CONFIG, "tokenizer_config.json", "generation_config.json", "processor_config.json",
                   "preprocessor_config.json", "video_preprocessor_config.json")  # fmt: skip
 """Files whose `auto_map` would have the loader run code from the folder."""
 
