@@ -40,7 +40,7 @@ class StartOrder:
     engine_dir: str
     run_dir: str
     argv: tuple[str, ...]
-    """vLLM's command-line arguments, without model path, socket and served name; made from typed fields by the launcher."""
+    """Command-line arguments of vLLM without model path, socket and served name; the launcher makes them."""
     env: dict[str, str] = field(default_factory=dict)
     """Added to the engine's fresh environment (for example CUDA_VISIBLE_DEVICES, OMP_NUM_THREADS)."""
     threads: int = 1
