@@ -32,10 +32,6 @@ run_dir = Path(os.environ["GREENROOM_RUN_DIR"])
 run_dir.mkdir(mode=0o700)
 operators = int(os.environ["GREENROOM_GATEWAY__OPERATOR_PORT"])
 servers = [HTTPServer(("127.0.0.1", operators + n), Ready) for n in range(int(os.environ["GREENROOM_GATEWAY__COUNT"]))]
-for server in servers:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-print("up", flush=True)
-
 if fault == "orphan":
     subprocess.Popen(["sleep", "600"], start_new_session=True)
 if fault == "litter":
@@ -43,6 +39,8 @@ if fault == "litter":
 if fault == "deaf":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 try:
+    for server in servers:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
     signal.pause()
 except KeyboardInterrupt:
     pass
