@@ -18,14 +18,18 @@ import asyncpg
 from msgspec import Struct
 
 from app import pepper
+from app.refusal import Refused
 from app.settings import Settings
+from tenants import keys
+from tenants.queries import create_key, list_keys
 
 DIRECTORY: Final = Path(__file__).parent / "migrations"
+CONNECT_S: Final = 10.0
 LOCK: Final = 0x6772_656E  # "gren"
 _FILE = re.compile(r"^(\d{4})_[a-z0-9_]+\.sql$")
 
 
-class MigrationRefused(Exception):
+class MigrationRefused(Refused):
     """The database can't be migrated; nothing was touched. The message is one line."""
 
 
@@ -51,12 +55,16 @@ class Migrated(Struct, frozen=True):
 async def migrate(settings: Settings) -> Migrated:
     """Make pepper, database (embedded only), schema, installation and first admin key, whatever of these is missing.
 
-    Raises `MigrationRefused`, `PepperMissing`; `OSError` or `asyncpg.PostgresError` if the database can't be reached.
+    Raises `MigrationRefused` or `PepperMissing`.
     """
     url = settings.effective_database_url
-    if not settings.database_url:
-        await _create_database(url)
-    connection = await asyncpg.connect(url)
+    try:
+        if not settings.database_url:
+            await _create_database(url)
+        connection = await asyncpg.connect(url, timeout=CONNECT_S)
+    except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.ClientConfigurationError) as error:
+        where = "GREENROOM_DATABASE_URL" if settings.database_url else "the embedded Postgres (run `greenroom up`)"
+        raise MigrationRefused(f"can't connect to {where}: {str(error) or type(error).__name__}") from None
     try:
         await connection.execute("SELECT pg_advisory_lock($1)", LOCK)
         applied = await apply(connection, read_migrations(DIRECTORY))
@@ -126,7 +134,7 @@ async def _create_database(url: str) -> None:
     """Make the embedded server's database if it isn't there."""
     parts = urlsplit(url)
     name = parts.path.removeprefix("/")
-    connection = await asyncpg.connect(urlunsplit(parts._replace(path="/postgres")))
+    connection = await asyncpg.connect(urlunsplit(parts._replace(path="/postgres")), timeout=CONNECT_S)
     try:
         if not await connection.fetchval("SELECT EXISTS (SELECT 1 FROM pg_database WHERE datname = $1)", name):
             await connection.execute(f'CREATE DATABASE "{name}"')
@@ -137,5 +145,12 @@ async def _create_database(url: str) -> None:
 
 
 async def _first_admin_key(connection: asyncpg.Connection[Any], settings: Settings) -> str | None:
-    pepper.create(settings)
-    return None
+    """Make pepper and first operator's key, unless there are any; the key's file is there before the key is valid."""
+    if await list_keys(connection, None, limit=1):
+        pepper.load(settings)  # its loss makes every key worthless: say so now, and don't make another
+        return None
+    secret = pepper.create(settings)
+    key = keys.generate(keys.KeyKind.OPERATOR, secrets.token_bytes(keys.RANDOM_BYTES))
+    pepper.write_private(settings.data_path / "admin-key", key.text + "\n")
+    await create_key(connection, None, key.id, keys.digest(secret, key), label="first admin key")
+    return key.text

@@ -16,12 +16,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from app.refusal import Refused
+from engines.host import group
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 _prctl = ctypes.CDLL(None, use_errno=True).prctl  # looked up once: nothing may be loaded between fork and exec
 
 
-class AlreadyOwned(Exception):
+class AlreadyOwned(Refused):
     """Another living process owns the directory; the message is one line that names both."""
 
 
@@ -33,11 +36,12 @@ class DirectoryLock:
         self._what = what
         self._fd: int | None = None
 
-    def acquire(self, *, orphans_s: float = 15.0) -> None:
+    def acquire(self, *, orphans_s: float = 15.0, say: Callable[[str], None] = lambda _: None) -> None:
         """Take the lock. Raises `AlreadyOwned` at once while its owner lives.
 
         If the owner is dead but its children still hold the lock (they are going), waits up to `orphans_s` seconds.
         """
+        waiting = False
         fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         give_up = time.monotonic() + orphans_s
         while True:
@@ -46,13 +50,16 @@ class DirectoryLock:
                 break
             except BlockingIOError:
                 owner = _parse(os.pread(fd, 64, 0))
-                if (owner and start_time(owner[0]) == owner[1]) or time.monotonic() > give_up:
+                if (owner and group.alive(*owner)) or time.monotonic() > give_up:
                     os.close(fd)
                     by = f" (process {owner[0]})" if owner else ""
                     raise AlreadyOwned(f"{self._what} is in use by another greenroom{by}") from None
+                if not waiting:
+                    say(f"{self._what} was left by a process that is gone; waiting for its children to end")
+                    waiting = True
                 time.sleep(0.02)
         os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()} {start_time(os.getpid())}\n".encode(), 0)
+        os.pwrite(fd, f"{os.getpid()} {group.start_time(os.getpid())}\n".encode(), 0)
         self._fd = fd
 
     @property
@@ -74,16 +81,6 @@ def _parse(text: bytes) -> tuple[int, int] | None:
         pid, start = text.split()
         return int(pid), int(start)
     return None
-
-
-def start_time(pid: int) -> int:
-    """When a process started, in clock ticks since boot; 0 if there is no such process or it is a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return 0
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return 0 if fields[0] in {b"Z", b"X"} else int(fields[19])
 
 
 def die_with_parent(sig: signal.Signals = signal.SIGTERM, parent: int | None = None) -> None:

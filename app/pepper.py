@@ -9,10 +9,11 @@ import os
 import secrets
 from pathlib import Path
 
+from app.refusal import Refused
 from app.settings import Settings
 
 
-class PepperMissing(Exception):
+class PepperMissing(Refused):
     """There is no pepper; the message is one line that says where it was looked for."""
 
 

