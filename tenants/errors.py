@@ -2,6 +2,7 @@
 
 TenantsError
 ├── KeyRefused          no key, an unknown, revoked or expired one, or one that may not do this
+├── AuthUnavailable     a key that nobody here knows yet, while Postgres can't be asked; says nothing about the key
 ├── NameInvalid         a name that isn't one
 ├── NotFound            a workspace or key that isn't there
 ├── Conflict            a name that is taken
@@ -17,6 +18,10 @@ class TenantsError(Exception):
 
 class KeyRefused(TenantsError):
     """A key that doesn't open this; the message never contains the key."""
+
+
+class AuthUnavailable(TenantsError):
+    """A key can't be checked now: it isn't cached and Postgres doesn't answer. Never a verdict on the key."""
 
 
 class NameInvalid(TenantsError):

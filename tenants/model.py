@@ -9,7 +9,9 @@ from msgspec import Meta, Struct
 WorkspaceName = NewType("WorkspaceName", str)
 KeyId = NewType("KeyId", str)  # the public part of a key, 12 characters
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$")]
+Name = Annotated[
+    str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$(?!\n)")
+]  # `$` alone would let a newline pass
 
 
 class Workspace(Struct, frozen=True, kw_only=True):
