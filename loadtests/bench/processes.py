@@ -147,6 +147,16 @@ def shared_memory() -> frozenset[str]:
     return frozenset(entry.name for entry in SHM.iterdir()) if SHM.is_dir() else frozenset()
 
 
+def mapped_shared_memory(pid: int) -> frozenset[str]:
+    """Names in /dev/shm that a process has mapped."""
+    try:
+        lines = (PROC / str(pid) / "maps").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    paths = (line.split(maxsplit=5)[5] for line in lines if f" {SHM}/" in line)
+    return frozenset(Path(path).name for path in paths if not path.endswith("(deleted)"))
+
+
 def unheld_shared_memory(names: Iterable[str]) -> list[str]:
     """Those of the names in /dev/shm that still exist and that no living process has mapped or open."""
     left = set(names) & shared_memory()

@@ -95,6 +95,8 @@ class Stack:
         """
         self._temporary = directory is None
         self.directory = directory or Path(tempfile.mkdtemp(prefix="greenroom-stack-"))
+        if self._temporary:
+            self.directory.chmod(0o711)  # so that Postgres, which does not run as root, can reach its database in it
         self.data_dir = self.directory / "data"
         self.run_dir = Path(f"/tmp/gr-{secrets.token_hex(4)}")
         self.gateways = gateways
@@ -246,8 +248,13 @@ class Stack:
             time.sleep(0.02)
 
     def remove(self) -> None:
-        """Delete the directory, if it is a temporary one."""
+        """Delete the run directory and, if it is a temporary one, the directory.
+
+        Postgres does not run as root; where its user can't reach the data directory, that holds a link to the database.
+        """
+        shutil.rmtree(self.run_dir, ignore_errors=True)
         if self._temporary:
+            shutil.rmtree((self.data_dir / "postgres").resolve(), ignore_errors=True)
             shutil.rmtree(self.directory, ignore_errors=True)
 
     def __enter__(self) -> Self:
@@ -257,14 +264,15 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         left = self.stop()
-        if error is not None:
-            error.add_note(f"the stack's files are in {self.directory}")
-            if left:
-                error.add_note(str(left))
+        if error is None and not left:
+            self.remove()
             return
-        if left:
+        shutil.rmtree(self.run_dir, ignore_errors=True)
+        if error is None:
             raise LeftBehind(f"{left} (files in {self.directory})")
-        self.remove()
+        error.add_note(f"the stack's files are in {self.directory}")
+        if left:
+            error.add_note(str(left))
 
     def _ready(self) -> bool:
         for gateway in range(self.gateways):
