@@ -10,7 +10,13 @@ EnginesError
 ├── LaunchFailed           an engine could not be started or died while starting; carries its last lines
 │   └── LaunchRefused      the engine host said no: an older epoch, bad order
 ├── LeadershipLost         another controller leads, so this one's change was not written
-└── EngineUnreachable      an engine that did not answer; before its first byte, so another attempt may be made
+├── EngineUnreachable      an engine that did not answer; before its first byte, so another attempt may be made
+├── EngineLost             an engine that went away or silent, or sent nonsense, after its first byte
+└── NotAdmitted            a request that got no slot
+    ├── QueueFull          too many wait already
+    ├── HoldExpired        no slot in time
+    ├── LoadFailed         no engine of the pool can be started just now
+    └── AdmissionClosed    this gateway takes nothing more
 """
 
 from __future__ import annotations
@@ -66,3 +72,37 @@ class LeadershipLost(EnginesError):
 
 class EngineUnreachable(EnginesError):
     """An engine that did not answer before its first byte."""
+
+
+class EngineLost(EnginesError):
+    """An engine that went away or silent, or sent what it never should, after its first byte."""
+
+
+class NotAdmitted(EnginesError):
+    """A request that got no slot; the message is fit for its caller."""
+
+    def __init__(self, message: str, *, retry_s: float) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
+        """When it is worth asking again, in seconds from now."""
+
+
+class QueueFull(NotAdmitted):
+    """Too many requests wait for this pool already."""
+
+
+class HoldExpired(NotAdmitted):
+    """No slot became free in time."""
+
+    def __init__(self, message: str, *, retry_s: float, loading: bool) -> None:
+        super().__init__(message, retry_s=retry_s)
+        self.loading = loading
+        """No engine of the pool was ready; otherwise all slots stayed taken."""
+
+
+class LoadFailed(NotAdmitted):
+    """No engine of the pool is ready and the last start failed."""
+
+
+class AdmissionClosed(NotAdmitted):
+    """The gateway drains."""
