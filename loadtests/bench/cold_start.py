@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,10 @@ def steps_of(answer: Answer, engine: dict[str, Any]) -> dict[str, float]:
     ready (as the controller wrote it) to the first token; `rest`: what lies between these clocks, mostly the order to
     the engine host and noticing that the engine listens.
     """
-    decide = (engine["created_at"] - answer.sent_at) * 1000
+    created_at, ready_at = (datetime.fromisoformat(engine[name]).timestamp() for name in ("created_at", "ready_at"))
+    decide = (created_at - answer.sent_at) * 1000
     phases = {name: engine["phases_us"].get(name, 0) / 1000 for name in PHASES}
-    route = (answer.sent_at + answer.first_token_s - engine["ready_at"]) * 1000
+    route = (answer.sent_at + answer.first_token_s - ready_at) * 1000
     rest = answer.first_token_s * 1000 - decide - sum(phases.values()) - route
     return {"decide": decide, **phases, "rest": rest, "route": route}
 

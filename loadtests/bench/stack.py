@@ -34,11 +34,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from app import settings
 from loadtests.bench import processes
 from loadtests.bench.processes import Process
 
 UP = (sys.executable, "-m", "app", "up")
 CLI = (sys.executable, "-m", "app")
+MODEL = "bench-model"
 EPHEMERAL = 32_768
 """Linux gives ports from here on to outgoing connections; ours lie below."""
 
@@ -140,6 +142,11 @@ class Stack:
         """The operators' key that the first start made."""
         return (self.data_dir / "admin-key").read_text().strip()
 
+    @property
+    def engine_python(self) -> Path:
+        """Interpreter of the engine environment that it uses."""
+        return settings.load(self.env).engine_python
+
     def operator_url(self, gateway: int = 0) -> str:
         """Operators' base address of the n-th gateway."""
         return f"http://127.0.0.1:{self.operator_port + gateway}"
@@ -229,6 +236,24 @@ class Stack:
         if not 200 <= status < 300:
             raise StackFailed(f"{method} /admin/v1{path}: {status}: {answer[:500].decode(errors='replace')}")
         return json.loads(answer) if answer else None
+
+    def set_up(self, model: Path, variants: Mapping[str, Mapping[str, Any]], *, workspace: str = "bench") -> str:
+        """Add a model, a workspace and its variants (name: what else the admin API takes); returns a key of it."""
+        self.greenroom("models", "add", MODEL, str(model))
+        self.admin("POST", "/workspaces", {"name": workspace})
+        for name, fields in variants.items():
+            self.admin("POST", f"/workspaces/{workspace}/variants", {"name": name, "model": MODEL, **fields})
+        return str(self.admin("POST", f"/workspaces/{workspace}/keys", {"label": "bench"})["key"])
+
+    def engines(self) -> list[dict[str, Any]]:
+        """All engines that aren't stopped, as the admin API shows them."""
+        return list(self.admin("GET", "/engines")["data"])
+
+    def stop_engines(self, timeout_s: float = 60.0) -> None:
+        """Stop all engines and return when there are none: no process, no reservation."""
+        for engine in self.engines():
+            self.admin("POST", f"/engines/{engine['id']}/stop", {"force": False})
+        self.wait_until(lambda: not self.engines(), "the engines to stop", timeout_s)
 
     def log_tail(self, lines: int = 30) -> str:
         """The last lines that the supervisor and its children printed."""

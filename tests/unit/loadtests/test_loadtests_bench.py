@@ -96,8 +96,8 @@ def test_nobody_listening_is_an_error_of_the_connection(tmp_path: Path) -> None:
 def test_the_steps_of_a_start_sum_to_its_first_token() -> None:
     answer = Answer(sent_at=1000.0, first_token_s=2.5, total_s=3.0, request_id=None, stream=sse.Stream())
     engine = {
-        "created_at": 1000.02,
-        "ready_at": 1002.2,
+        "created_at": "1970-01-01T00:16:40.020Z",
+        "ready_at": "1970-01-01T00:16:42.200Z",
         "phases_us": {"fork": 30_000, "config": 100_000, "weights": 300_000, "init": 900_000, "listening": 700_000},
     }
     steps = cold_start.steps_of(answer, engine)
