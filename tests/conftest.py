@@ -126,3 +126,24 @@ def valkey_server(short_dir: Path) -> Iterator[EmbeddedValkey]:
     server.start()
     yield server
     server.stop()
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def engine_python() -> Path:
+    """The engine environment's Python (`./dev setup` makes it)."""
+    path = ROOT / ".venv-engine" / "bin" / "python"
+    if not path.exists():
+        pytest.skip("there is no engine environment: run ./dev setup")
+    return path
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors folder (`./dev setup` makes it)."""
+    path = ROOT / "var" / "models" / "smollm2-135m"
+    if not (path / "config.json").exists():
+        pytest.skip("there is no demo model: run ./dev setup")
+    return path
