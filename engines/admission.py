@@ -17,14 +17,14 @@ Durations and deadlines are on the loop's clock; `clock` gives the time of day f
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
-from engines import pools
 from engines.errors import AdmissionClosed, HoldExpired, LoadFailed, QueueFull
-from engines.lifecycle import PENDING, SERVING
+from engines.lifecycle import SERVING
 from engines.model import (
     Demand,
     Engine,
@@ -32,12 +32,12 @@ from engines.model import (
     EngineState,
     Fleet,
     GatewayId,
-    PoolDemand,
     PoolFailure,
     PoolId,
     PoolStatus,
     Variant,
 )
+from engines.poolview import Availability, PoolView
 from engines.routing import candidates
 from engines.waiting import Hold, Queue
 
@@ -45,33 +45,6 @@ DOUBT_S: Final = 0.25
 """Between two looks at an engine that failed a request."""
 LONGEST_RETRY_S: Final = 60.0
 """No caller is told to wait longer: clients ignore longer waits or give up at them."""
-
-
-@dataclass(slots=True)
-class _Pool:
-    """One pool as this gateway sees it."""
-
-    id: PoolId
-    queue: Queue
-    engines: tuple[Engine, ...] = ()
-    status: PoolStatus | None = None
-    running: dict[str, int] = field(default_factory=dict)
-    """Requests at engines by `workspace/variant`."""
-    slots_used: int = 0
-    keep_alive: dict[str, float] = field(default_factory=dict)
-    """Idle time-outs of the variants used since the pool last had a ready engine."""
-    arrivals: int = 0
-    last_used_at: float = 0.0
-    unready_s: float = 0.0
-    """How long the pool has had no ready engine, up to `unready_since`."""
-    unready_since: float | None = None
-
-    @property
-    def ready(self) -> bool:
-        return self.unready_since is None
-
-    def unready(self, now: float) -> float:
-        return self.unready_s + (now - self.unready_since if self.unready_since is not None else 0.0)
 
 
 @dataclass(slots=True)
@@ -129,7 +102,8 @@ class Admission:
         self._poke = poke
         self._healthy = healthy
         self._clock = clock
-        self._pools: dict[PoolId, _Pool] = {}
+        self._pools: dict[PoolId, PoolView] = {}
+        self._statuses: dict[PoolId, PoolStatus] = {}
         self._used: dict[EngineId, int] = {}
         self._requests: dict[EngineId, int] = {}
         self._suspects: dict[EngineId, asyncio.Task[None]] = {}
@@ -150,7 +124,7 @@ class Admission:
         loop = asyncio.get_running_loop()
         since = loop.time()
         pool = self._pool(variant.spec.pool, since)
-        unready_before = pool.unready(since)
+        unready_before_s = pool.unready_s(since)
         waiter = self._arrive(pool, variant, slots, since + wait_s)
         try:
             if not waiter.grant.done():
@@ -162,16 +136,16 @@ class Admission:
         finally:
             now = loop.time()
             waited.queued_us = int((now - since) * 1e6)
-            waited.held_us = int((pool.unready(now) - unready_before) * 1e6)
+            waited.held_us = int((pool.unready_s(now) - unready_before_s) * 1e6)
 
-    def _arrive(self, pool: _Pool, variant: Variant, slots: int, deadline: float) -> _Waiter:
+    def _arrive(self, pool: PoolView, variant: Variant, slots: int, deadline: float) -> _Waiter:
         name = f"{variant.workspace}/{variant.name}"
         if self._closed:
-            raise AdmissionClosed("this gateway is shutting down; ask again", retry_s=1.0)
-        pool.arrivals += 1
-        pool.last_used_at = self._clock()
-        pool.keep_alive[name] = variant.scaling.idle_timeout_s
-        self._refuse_if_failed(pool)
+            raise _closed()
+        pool.arrived(name, variant.scaling.idle_timeout_s, self._clock())
+        failure = pool.failure(self._clock())
+        if failure is not None:
+            raise self._load_failed(failure)
         hold = Hold(id=next(self._numbers), variant=name, slots=slots, cap=variant.scaling.max_concurrency)
         if not pool.queue.enter(hold):
             waiting = len(pool.queue)
@@ -185,7 +159,7 @@ class Admission:
             waiter.grant.add_done_callback(lambda _: timer.cancel())
         return waiter
 
-    def _abandon(self, pool: _Pool, waiter: _Waiter) -> None:
+    def _abandon(self, pool: PoolView, waiter: _Waiter) -> None:
         """The asker is gone; what it was just granted goes back."""
         if self._waiters.pop(waiter.hold.id, None) is not None:
             pool.queue.leave(waiter.hold.id)
@@ -196,7 +170,7 @@ class Admission:
 
     # ------------------------------------------------------------------ granting
 
-    def _dispatch(self, pool: _Pool) -> None:
+    def _dispatch(self, pool: PoolView) -> None:
         if not pool.queue or not pool.ready:
             return
         among = candidates(pool.engines, pool.id, self._used, self._suspects)
@@ -206,34 +180,19 @@ class Admission:
             waiter = self._waiters.pop(dispatch.hold.id)
             waiter.grant.set_result(self._take(pool, dispatch.hold, by_id[dispatch.engine]))
 
-    def _take(self, pool: _Pool, hold: Hold, engine: Engine) -> Grant:
+    def _take(self, pool: PoolView, hold: Hold, engine: Engine) -> Grant:
         self._used[engine.id] = self._used.get(engine.id, 0) + hold.slots
         self._requests[engine.id] = self._requests.get(engine.id, 0) + 1
-        pool.running[hold.variant] = pool.running.get(hold.variant, 0) + 1
-        pool.slots_used += hold.slots
+        pool.began(hold)
         return Grant(engine, lambda: self._give_back(pool, hold, engine.id))
 
-    def _give_back(self, pool: _Pool, hold: Hold, engine: EngineId) -> None:
+    def _give_back(self, pool: PoolView, hold: Hold, engine: EngineId) -> None:
         _subtract(self._used, engine, hold.slots)
         _subtract(self._requests, engine, 1)
-        _subtract(pool.running, hold.variant, 1)
-        pool.slots_used -= hold.slots
-        pool.last_used_at = self._clock()
+        pool.ended(hold, self._clock())
         self._dispatch(pool)
 
     # ------------------------------------------------------------------ refusing
-
-    def _refuse_if_failed(self, pool: _Pool) -> None:
-        failure = self._failure(pool)
-        if failure is not None:
-            raise self._load_failed(failure)
-
-    def _failure(self, pool: _Pool) -> PoolFailure | None:
-        """Why holding makes no sense: nothing is ready or on its way, and no start is tried before `retry_at`."""
-        failure = pool.status.failure if pool.status is not None else None
-        if failure is None or pool.ready or any(engine.state in PENDING for engine in pool.engines):
-            return None
-        return failure if failure.retry_at > self._clock() else None
 
     def _load_failed(self, failure: PoolFailure) -> LoadFailed:
         wait_s = max(1.0, failure.retry_at - self._clock())
@@ -241,25 +200,28 @@ class Admission:
         message = f"the model could not be started ({times}): {failure.reason}; the next attempt is in {wait_s:.0f} s"
         return LoadFailed(message, retry_s=min(wait_s, LONGEST_RETRY_S))
 
-    def _expire(self, pool: _Pool, hold: Hold) -> None:
+    def _expire(self, pool: PoolView, hold: Hold) -> None:
         if hold.id in self._waiters:
             self._fail(pool, hold, self._too_late(pool))
             self._dispatch(pool)  # it may have stood in the way of others
 
-    def _too_late(self, pool: _Pool) -> HoldExpired:
+    def _too_late(self, pool: PoolView) -> HoldExpired:
         if pool.ready:
             return HoldExpired("all slots of this model stayed taken; ask again", retry_s=1.0, loading=False)
-        eta_s = self._eta(pool)
-        blocked = pool.status.blocked if pool.status is not None else None
-        why = f" ({blocked})" if blocked else ""
+        eta_s = pool.eta_s(self._clock())
+        why = f" ({pool.blocked})" if pool.blocked else ""
         message = f"the model is still loading{why}; ask again in {eta_s:.0f} s"
         return HoldExpired(message, retry_s=min(eta_s, LONGEST_RETRY_S), loading=True)
 
-    def _fail(self, pool: _Pool, hold: Hold, error: Exception) -> None:
+    def _fail(self, pool: PoolView, hold: Hold, error: Exception) -> None:
         pool.queue.leave(hold.id)
         waiter = self._waiters.pop(hold.id)
         if not waiter.grant.done():
             waiter.grant.set_exception(error)
+
+    def _fail_all(self, pool: PoolView, error: Callable[[], Exception]) -> None:
+        for hold in pool.queue.holds:
+            self._fail(pool, hold, error())
 
     # ------------------------------------------------------------------ the fleet
 
@@ -270,28 +232,16 @@ class Admission:
         engines: dict[PoolId, list[Engine]] = {}
         for engine in fleet.engines:
             engines.setdefault(engine.pool, []).append(engine)
-        statuses = {status.pool: status for status in fleet.pools}
+        self._statuses = {status.pool: status for status in fleet.pools}
         for pool_id in self._pools.keys() | engines.keys():
             pool = self._pool(pool_id, now)
-            self._update(pool, tuple(engines.get(pool_id, ())), statuses.get(pool_id), now)
+            pool.update(engines.get(pool_id, ()), self._statuses.get(pool_id), now)
+            failure = pool.failure(self._clock())
+            if failure is not None:
+                self._fail_all(pool, functools.partial(self._load_failed, failure))
+            self._dispatch(pool)
         if any(engine.state is EngineState.DRAINING for engine in fleet.engines):
             self._poke()
-
-    def _update(self, pool: _Pool, engines: tuple[Engine, ...], status: PoolStatus | None, now: float) -> None:
-        pool.engines, pool.status = engines, status
-        ready = any(engine.state in SERVING for engine in engines)
-        if ready and pool.unready_since is not None:
-            pool.unready_s = pool.unready(now)
-            pool.unready_since = None
-        elif not ready and pool.unready_since is None:
-            pool.unready_since = now
-            in_use = pool.running.keys() | {hold.variant for hold in pool.queue.holds}
-            pool.keep_alive = {name: timeout for name, timeout in pool.keep_alive.items() if name in in_use}
-        failure = self._failure(pool)
-        if failure is not None:
-            for hold in pool.queue.holds:
-                self._fail(pool, hold, self._load_failed(failure))
-        self._dispatch(pool)
 
     def suspect(self, engine: Engine) -> None:
         """Pass over an engine that failed a request, until it says that it is healthy or has left the fleet.
@@ -319,8 +269,7 @@ class Admission:
         """Take nothing more and end all holds; grants stay valid."""
         self._closed = True
         for pool in self._pools.values():
-            for hold in pool.queue.holds:
-                self._fail(pool, hold, AdmissionClosed("this gateway is shutting down; ask again", retry_s=1.0))
+            self._fail_all(pool, _closed)
         for task in self._suspects.values():
             task.cancel()
         self._poke()
@@ -334,24 +283,14 @@ class Admission:
             at=self._clock(),
             fleet_epoch=self.fleet.epoch if self.fleet is not None else 0,
             fleet_version=self.fleet.version if self.fleet is not None else 0,
-            pools={pool.id: _demand(pool) for pool in self._pools.values() if pool.arrivals},
+            pools={pool.id: pool.demand() for pool in self._pools.values() if pool.arrivals},
             engines=dict(self._requests),
             leaving=self._closed,
         )
 
-    def availability(self, pool_id: PoolId) -> tuple[str, float | None]:
-        """`ready`, `loading`, `failed` or `cold`, and in how many seconds it may be ready (`None`: not known)."""
-        pool = self._pools.get(pool_id)
-        if pool is None:
-            return "cold", None
-        if pool.ready:
-            return "ready", 0.0
-        failure = self._failure(pool)
-        if failure is not None:
-            return "failed", None
-        if pool.queue or any(engine.state in PENDING for engine in pool.engines):
-            return "loading", self._eta(pool)
-        return "cold", self._start_s(pool)
+    def availability(self, pool_id: PoolId) -> tuple[Availability, float | None]:
+        """What to expect of a pool, and in how many seconds it may be ready (`None`: can't be said)."""
+        return self._pool(pool_id, asyncio.get_running_loop().time()).availability(self._clock())
 
     def waiting(self) -> int:
         """Requests that wait, over all pools."""
@@ -361,32 +300,16 @@ class Admission:
         """Requests at engines."""
         return sum(self._requests.values())
 
-    def _eta(self, pool: _Pool) -> float:
-        """Seconds until an engine may be ready, at least one."""
-        started = [engine.since for engine in pool.engines if engine.state in PENDING]
-        gone = self._clock() - min(started) if started else 0.0
-        return max(1.0, self._start_s(pool) - gone)
-
-    def _start_s(self, pool: _Pool) -> float:
-        return pool.status.start_s if pool.status is not None else pools.DEFAULT_START_S
-
-    def _pool(self, pool_id: PoolId, now: float) -> _Pool:
+    def _pool(self, pool_id: PoolId, now: float) -> PoolView:
         pool = self._pools.get(pool_id)
         if pool is None:
-            pool = self._pools[pool_id] = _Pool(pool_id, Queue(self._queue_length), unready_since=now)
+            pool = self._pools[pool_id] = PoolView(pool_id, Queue(self._queue_length), unready_since=now)
+            pool.status = self._statuses.get(pool_id)
         return pool
 
 
-def _demand(pool: _Pool) -> PoolDemand:
-    oldest = pool.queue.oldest
-    return PoolDemand(
-        running=pool.slots_used,
-        waiting=pool.queue.slots,
-        arrivals=pool.arrivals,
-        last_used_at=pool.last_used_at,
-        idle_timeout_s=max(pool.keep_alive.values(), default=0.0),
-        caused_by=oldest.variant if oldest is not None else None,
-    )
+def _closed() -> AdmissionClosed:
+    return AdmissionClosed("this gateway is shutting down; ask again", retry_s=1.0)
 
 
 def _subtract(counts: dict[Any, int], key: Any, amount: int) -> None:

@@ -382,9 +382,8 @@ async def test_the_longest_keep_alive_among_those_used_is_reported_and_forgotten
 async def test_availability_follows_the_fleet() -> None:
     gateway = Gateway()
     pool = BOT.spec.pool
-    assert gateway.admission.availability(pool) == ("cold", None)
     gateway.fleet(status=status())
-    assert gateway.admission.availability(pool) == ("cold", None)
+    assert gateway.admission.availability(pool) == ("cold", 4.0)
     gateway.fleet(engine(state=EngineState.STARTING), status=status())
     gateway.now += 1
     assert gateway.admission.availability(pool) == ("loading", 3.0)
