@@ -20,8 +20,8 @@ import msgspec
 from msgspec import Struct
 
 from engines.architectures import KNOWN
-from engines.errors import ModelInvalid
-from engines.model import Model, ModelDigest, ModelFile
+from engines.errors import ModelInvalid, SpecInvalid
+from engines.model import Model, ModelDigest, ModelFile, RuntimeArguments
 from engines.safetensors import Header
 
 CONFIG: Final = "config.json"
@@ -190,6 +190,26 @@ def digest(files: Sequence[ModelFile]) -> ModelDigest:
     """SHA-256 over one line `sha256 size path` a file, sorted by path: equal content gives an equal digest."""
     lines = (f"{file.sha256} {file.size} {file.path}\n" for file in sorted(files, key=lambda file: file.path))
     return ModelDigest(hashlib.sha256("".join(lines).encode()).hexdigest())
+
+
+def check_arguments(model: Model, arguments: RuntimeArguments) -> None:
+    """Refuse (`SpecInvalid`) arguments with which an engine of the model would not start.
+
+    The default context is cut to the model's by whoever starts the engine; one that was asked for must be within it.
+    The KV cache must hold one request of full length; vLLM refuses to start otherwise.
+    """
+    asked = arguments.max_model_len
+    if asked > model.max_model_len and asked != RuntimeArguments().max_model_len:
+        reason = f"{asked:,} tokens are beyond the {model.max_model_len:,} that model {model.name} allows"
+        raise SpecInvalid(f"arguments.max_model_len: {reason}", field="arguments.max_model_len")
+    context = min(asked, model.max_model_len)
+    size = DTYPE_BYTES.get(model.dtype if arguments.dtype == "auto" else arguments.dtype, 2)
+    a_token = model.kv_bytes_per_token * size // DTYPE_BYTES.get(model.dtype, 2)
+    need = context * a_token
+    if need > arguments.kv_cache_bytes:
+        reason = f"{context:,} tokens × {a_token:,} bytes = {need:,}, more than {arguments.kv_cache_bytes:,}"
+        reason += ": a request of full length would not fit; raise kv_cache_bytes or lower max_model_len"
+        raise SpecInvalid(f"arguments.kv_cache_bytes: {reason}", field="arguments.kv_cache_bytes")
 
 
 def _json(file: str, content: bytes) -> dict[str, Any]:

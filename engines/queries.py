@@ -48,6 +48,7 @@ DEMAND_CHANNEL: Final = "greenroom_demand"
 CATALOG_CHANNEL: Final = "greenroom_catalog"
 
 _LEADERSHIP_LOCK: Final = 0x6772_656E_726F_6F6D  # "greenroom"; one controller a database
+_CATALOG_LOCK: Final = 0x6361_7461_6C6F_67  # "catalog"
 
 # Installation and leadership -----------------------------------------------------------------------------------------
 
@@ -514,6 +515,11 @@ async def all_variants(database: Database) -> tuple[Variant, ...]:
         """
     )
     return tuple(_variant(row) for row in rows)
+
+
+async def lock_catalog(connection: Connection) -> None:
+    """Let nobody else check and then change models or variants until this transaction ends."""
+    await connection.execute("SELECT pg_advisory_xact_lock($1)", _CATALOG_LOCK)
 
 
 async def notify_catalog(database: Database) -> None:

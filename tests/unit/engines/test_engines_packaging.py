@@ -6,15 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import CONFIG
 
 from engines.architectures import KNOWN
-from engines.errors import ModelInvalid
-from engines.model import ModelFile
-from engines.packaging import INDEX, Choice, Facts, check_index, choose, digest, manifest, survey, weight_files
+from engines.errors import ModelInvalid, SpecInvalid
+from engines.model import Model, ModelFile, RuntimeArguments
+from engines.packaging import (
+    INDEX,
+    Choice,
+    Facts,
+    check_arguments,
+    check_index,
+    choose,
+    digest,
+    manifest,
+    survey,
+    weight_files,
+)
 from engines.safetensors import Header, Tensor
 
 FOLDER = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -232,3 +244,38 @@ def test_known_architectures_are_those_of_the_engine_environment() -> None:
             assert isinstance(node.value, ast.Dict)
             names |= {key.value for key in node.value.keys if isinstance(key, ast.Constant)}
     assert names == KNOWN
+
+
+def model(**over: Any) -> Model:
+    tiny = manifest("tiny", "/from", facts({}), [ModelFile("a", 1, "0" * 64)])
+    return msgspec.structs.replace(tiny, **over)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (RuntimeArguments(), None),
+        (RuntimeArguments(max_model_len=4096), None),
+        (RuntimeArguments(max_model_len=4097), "arguments.max_model_len"),
+        (RuntimeArguments(kv_cache_bytes=1 << 20), None),
+        (RuntimeArguments(max_model_len=4096, kv_cache_bytes=1 << 20), None),
+        (RuntimeArguments(max_model_len=4096, kv_cache_bytes=1 << 20, dtype="float16"), None),
+        (RuntimeArguments(max_model_len=4096, kv_cache_bytes=1 << 20, dtype="float32"), "arguments.kv_cache_bytes"),
+    ],
+)
+def test_arguments_must_leave_room_for_one_request_of_full_length(
+    arguments: RuntimeArguments, field: str | None
+) -> None:
+    if field is None:
+        check_arguments(model(), arguments)
+    else:
+        with pytest.raises(SpecInvalid, match=rf"^{field}: ") as caught:
+            check_arguments(model(), arguments)
+        assert caught.value.field == field
+
+
+def test_the_default_context_is_cut_to_a_short_models_and_one_that_was_asked_for_is_not() -> None:
+    short = model(max_model_len=512, kv_bytes_per_token=1 << 12)
+    check_arguments(short, RuntimeArguments(kv_cache_bytes=2 << 20))
+    with pytest.raises(SpecInvalid, match="1,024 tokens are beyond the 512 that model tiny allows"):
+        check_arguments(short, RuntimeArguments(max_model_len=1024))
