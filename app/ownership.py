@@ -72,6 +72,7 @@ class DirectoryLock:
     def release(self) -> None:
         """Let go; children that inherited the lock hold it until they exit."""
         if self._fd is not None:
+            os.ftruncate(self._fd, 0)  # we own it no more: who comes next waits for our children, as if we were dead
             os.close(self._fd)
             self._fd = None
 
