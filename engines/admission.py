@@ -127,9 +127,10 @@ class Admission:
         unready_before_s = pool.unready_s(since)
         waiter = self._arrive(pool, variant, slots, since + wait_s)
         try:
-            if not waiter.grant.done():
-                self._poke()
-            return await waiter.grant
+            if waiter.grant.done():
+                return waiter.grant.result()
+            self._poke()
+            return await asyncio.shield(waiter.grant)  # who is cancelled may be granted slots in the same tick
         except BaseException:
             self._abandon(pool, waiter)
             raise

@@ -228,6 +228,17 @@ async def test_a_client_that_leaves_in_the_moment_of_its_grant_gives_the_slots_b
     assert gateway.admission.collect().engines == {}
 
 
+async def test_a_client_that_leaves_just_before_its_grant_gives_the_slots_back_too() -> None:
+    gateway = Gateway()
+    task = gateway.ask(BOT, slots=2)
+    await settle()
+    task.cancel()
+    gateway.fleet(engine())
+    await settle()
+    assert task.cancelled()
+    assert gateway.admission.running() == 0
+
+
 async def test_i5_a_hold_ends_at_its_deadline_with_a_true_time_to_retry() -> None:
     gateway = Gateway()
     gateway.fleet(engine(state=EngineState.STARTING), status=status(start_s=40.0))
