@@ -21,6 +21,7 @@ engine drains for want of work and none stops: until then a silent gateway can't
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 from msgspec import Struct, field
 
@@ -31,6 +32,22 @@ from engines.lifecycle import PENDING
 from engines.model import Device, Engine, EngineId, EngineState, PoolId
 from engines.placement import Candidate
 from engines.pools import PoolConfig, PoolHistory
+
+
+class Policy(Protocol):
+    """What an operator sets; `ControllerSettings` has it."""
+
+    @property
+    def max_engines_per_pool(self) -> int:
+        """The most engines that a pool may have ready or on their way."""
+
+    @property
+    def backoff_s(self) -> float:
+        """First wait after a failed start."""
+
+    @property
+    def backoff_max_s(self) -> float:
+        """Longest wait after failed starts in a row."""
 
 
 class PoolPlan(Struct, frozen=True):
