@@ -19,11 +19,9 @@ import contextlib
 import http.client
 import json
 import os
-import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,14 +33,13 @@ from types import TracebackType
 from typing import Any, Self
 
 from app import settings
-from loadtests.bench import processes
+from loadtests.bench import ports, processes
 from loadtests.bench.processes import Process
 
 UP = (sys.executable, "-m", "app", "up")
 CLI = (sys.executable, "-m", "app")
 MODEL = "bench-model"
-EPHEMERAL = 32_768
-"""Linux gives ports from here on to outgoing connections; ours lie below."""
+DEVICES_S = 30.0
 
 
 class StackFailed(Exception):
@@ -102,7 +99,8 @@ class Stack:
         self.data_dir = self.directory / "data"
         self.run_dir = Path(f"/tmp/gr-{secrets.token_hex(4)}")
         self.gateways = gateways
-        self.port, self.operator_port = _free_ports(gateways)
+        self.port = ports.free(gateways + 1)
+        self.operator_port = self.port + 1
         self.exit_code: int | None = None
         self._up = tuple(up)
         self._start_timeout_s = start_timeout_s
@@ -241,6 +239,7 @@ class Stack:
         """Add a model, a workspace and its variants (name: what else the admin API takes); returns a key of it."""
         self.greenroom("models", "add", MODEL, str(model))
         self.admin("POST", "/workspaces", {"name": workspace})
+        self.wait_until(self._knows_its_devices, "the controller to say which devices there are", DEVICES_S)
         for name, fields in variants.items():
             self.admin("POST", f"/workspaces/{workspace}/variants", {"name": name, "model": MODEL, **fields})
         return str(self.admin("POST", f"/workspaces/{workspace}/keys", {"label": "bench"})["key"])
@@ -299,6 +298,12 @@ class Stack:
         if left:
             error.add_note(str(left))
 
+    def _knows_its_devices(self) -> bool:
+        try:
+            return bool(self.admin("GET", "/fleet")["devices"])
+        except StackFailed:
+            return False
+
     def _ready(self) -> bool:
         for gateway in range(self.gateways):
             try:
@@ -320,24 +325,6 @@ class Stack:
             if not left or late_s is not None or time.monotonic() > end:
                 return left
             time.sleep(0.05)
-
-
-def _free_ports(gateways: int) -> tuple[int, int]:
-    """A tenants' port and the first of as many operators' ports in a row, all free just now."""
-    for _ in range(1000):
-        first = random.randrange(20_000, EPHEMERAL - gateways - 1)
-        if all(_is_free(first + n) for n in range(gateways + 1)):
-            return first, first + 1
-    raise StackFailed("no free ports between 20000 and 32767")
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def _request(
