@@ -44,7 +44,7 @@ RETRY_S: Final = 0.1
 ROTATE_S: Final = 5.0
 """Between looks at the lengths of logs."""
 STRAY_GRACE_S: Final = 3.0
-EXIT_STATUS_TRIES: Final = 3
+EXIT_STATUS_TRIES: Final = 2
 
 log = structlog.get_logger()
 
@@ -106,10 +106,14 @@ class LocalLauncher:
         try:
             await asyncio.to_thread(_make_directories, layout)
             leader = await self._order(_start_order(engine, model, layout, path), layout)
-            self._watch(leader, layout, ready=False)
         finally:
             self._starting.discard(engine.id)
-        await asyncio.to_thread(local_remains.write_leader, layout, leader)
+        # No await from here on: who started an engine knows of it before any event of it comes.
+        try:
+            local_remains.write_leader(layout, leader)
+        except OSError as error:
+            log.warning("leader_not_noted", engine=engine.id, error=str(error))  # it is found by its log then
+        self._watch(leader, layout, ready=False)
         return Started(address=str(layout.socket), pid=leader.pid, pid_start=leader.pid_start)
 
     async def adopt(self, engines: Sequence[Engine]) -> tuple[EngineId, ...]:

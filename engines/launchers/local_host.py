@@ -58,7 +58,7 @@ class EngineHost:
         listed: dict[str, dict[str, int]] = answer.get("engines", {})
         return listed
 
-    async def exit_status(self, engine: EngineId, *, within_s: float = 1.0) -> int | None:
+    async def exit_status(self, engine: EngineId, *, within_s: float = 0.5) -> int | None:
         """How a child ended: exit code, or the negative number of a signal; `None` if the host can't say."""
         try:
             status = (await self.ask(encode({"op": "exit_status", "engine": engine}), within_s=within_s)).get("status")

@@ -35,8 +35,10 @@ SLOW_POLL_S: Final = 0.1
 """Between looks at a start that has taken longer than `QUICK_S`."""
 QUICK_S: Final = 30.0
 HEALTH_S: Final = 2.0
-NOTE_AFTER_S: Final = 5.0
-"""A start as long as this is no fork, so what it shares is noted already before it is ready; that costs CPU time."""
+NO_FORK_S: Final = 5.0
+"""A start as long as this is hardly a fork, and stock engines leave shared memory if they are killed: note it early."""
+SETTLED_S: Final = 2.0
+"""Otherwise shared memory is noted so long after an engine got ready, off the way of the first request."""
 SILENCES: Final = 12
 LAST_LINES: Final = 40
 
@@ -78,6 +80,8 @@ class Watch:
         try:
             with process_end(self.leader.pid, self.leader.pid_start) as ended:
                 reason = None if self._ready else await self._become_ready(ended)
+                if not await _within(SETTLED_S, ended):
+                    await asyncio.to_thread(self._note_shared_memory)
                 await ended.wait()
             await asyncio.to_thread(self._note_shared_memory)
             reason = reason or _describe(await self._exit_status(self.leader.engine))
@@ -89,23 +93,21 @@ class Watch:
     async def _become_ready(self, ended: asyncio.Event) -> str | None:
         """Wait for the end of the start, good or bad; a reason if the engine was killed for getting nowhere."""
         began = progress_at = time.monotonic()
-        progress: object = None
+        phases = written = -1
         while not ended.is_set():
             now = time.monotonic()
-            if (seen := self._progress()) != progress:
-                progress, progress_at = seen, now
-                if now - began > NOTE_AFTER_S:
-                    await asyncio.to_thread(self._note_shared_memory)
-            if self._accepts() and await self._healthy():
-                phases = durations_us(_stamps(self.layout.phases), self.leader.asked_us)
-                self._events(Ready(engine=self.leader.engine, phases_us=phases))
+            before, phases, written = (phases, written), _size(self.layout.phases), _size(self.layout.log)
+            if before != (phases, written):
+                progress_at = now
+            if before[0] != phases and now - began > NO_FORK_S:
                 await asyncio.to_thread(self._note_shared_memory)
+            if self._accepts() and await self._healthy():
+                took = durations_us(_stamps(self.layout.phases), self.leader.asked_us)
+                self._events(Ready(engine=self.leader.engine, phases_us=took))
                 return None
             if now - progress_at > self._silence_s or now - began > SILENCES * self._silence_s:
                 return await self._give_up(now - began)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POLL_S if now - began < QUICK_S else SLOW_POLL_S):
-                    await ended.wait()
+            await _within(POLL_S if now - began < QUICK_S else SLOW_POLL_S, ended)
         return None
 
     async def _give_up(self, after_s: float) -> str:
@@ -115,10 +117,6 @@ class Watch:
         return (
             f"no progress for {self._silence_s:g} s, {after_s:.0f} s after its start; the last that it reached: {last}"
         )
-
-    def _progress(self) -> object:
-        """Something that changes whenever the start gets on."""
-        return tuple(_size(path) for path in (self.layout.phases, self.layout.log))
 
     def _accepts(self) -> bool:
         """Whether somebody listens on the engine's socket; never blocks."""
@@ -170,6 +168,14 @@ def _stamps(file: Path) -> tuple[_Stamp, ...]:
         return tuple(msgspec.json.decode(line, type=_Stamp) for line in whole.splitlines())
     except (OSError, msgspec.DecodeError):
         return ()
+
+
+async def _within(seconds: float, event: asyncio.Event) -> bool:
+    """Whether the event was set within this time."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
 
 def _size(file: Path) -> int:

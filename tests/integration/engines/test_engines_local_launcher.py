@@ -263,6 +263,15 @@ async def test_an_engine_that_ends_while_starting_is_reported_with_its_exit_code
     assert watching.seen == [exited]
 
 
+async def test_no_event_of_an_engine_comes_before_its_start_has_returned(place: Place, watching: Watching) -> None:
+    place.behave(exit_at="config", phase_s=0)
+    for _ in range(10):
+        before = len(watching.seen)
+        made = await watching.start(engine())
+        assert len(watching.seen) == before
+        await watching.exited(made)
+
+
 async def test_a_start_without_progress_is_ended_and_says_how_far_it_got(place: Place) -> None:
     watching = Watching(place.launcher(start_silence_s=0.3))
     place.behave(stuck_at="weights", children=1, ignore_term=True)
