@@ -73,7 +73,7 @@ async def _devices(admin: http.AdminClient) -> None:
     """Return when it is known what engines can be placed on; a variant can't be checked before."""
     try:
         async with asyncio.timeout(_DEVICES_S):
-            while not await _has_devices(admin):
+            while not await _has_devices(admin):  # noqa: ASYNC110 (it happens in another process)
                 await asyncio.sleep(0.05)
     except TimeoutError:
         raise Refused("can't set up the demo: the controller has not said which devices there are") from None
