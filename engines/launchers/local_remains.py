@@ -107,10 +107,14 @@ def kill_by_log(engines_path: Path, engine: EngineId) -> int:
 
 
 def shared_memory(pids: Iterable[int]) -> set[str]:
-    """Names in /dev/shm, of those that may be litter, that these processes have open or mapped."""
-    prefix = f"{SHARED_MEMORY}/"
-    names = (path.removeprefix(prefix) for pid in pids for path in _files(pid) if path.startswith(prefix))
-    return {name for name in names if _may_be_litter(name)}
+    """Names in /dev/shm, of those that may be litter, that these processes have open or mapped.
+
+    Compared by inode, not by name: the C library makes a semaphore under another name, which the kernel then goes on
+    showing as that of a deleted file.
+    """
+    inodes = {inode for pid in pids for inode in _shared_inodes(pid)}
+    with os.scandir(SHARED_MEMORY) as entries:
+        return {entry.name for entry in entries if _may_be_litter(entry.name) and entry.inode() in inodes}
 
 
 def note_shared_memory(layout: Layout, pids: Iterable[int]) -> None:
@@ -152,7 +156,7 @@ def _noted(run: Path) -> set[str]:
 
 
 def _may_be_litter(name: str) -> bool:
-    return name.startswith(SHM_PREFIXES) and "/" not in name and " " not in name  # "name (deleted)" is gone already
+    return name.startswith(SHM_PREFIXES) and "/" not in name
 
 
 def _pids() -> Iterator[int]:
@@ -161,14 +165,15 @@ def _pids() -> Iterator[int]:
             yield int(name)
 
 
-def _files(pid: int) -> Iterator[str]:
-    """Paths of what a process has mapped and open; nothing for one that is gone or another user's."""
+def _shared_inodes(pid: int) -> Iterator[int]:
+    """Inodes in /dev/shm of what a process has mapped and open; none for one that is gone or another user's."""
+    prefix = f"{SHARED_MEMORY}/"
     with contextlib.suppress(OSError):
         for line in (PROC / str(pid) / "maps").read_text(errors="replace").splitlines():
-            fields = line.split(maxsplit=5)
-            if len(fields) == 6:
-                yield fields[5]
+            if prefix in line:
+                yield int(line.split(maxsplit=5)[4])
     with contextlib.suppress(OSError):
         for descriptor in (PROC / str(pid) / "fd").iterdir():
             with contextlib.suppress(OSError):
-                yield str(descriptor.readlink())
+                if str(descriptor.readlink()).startswith(prefix):
+                    yield descriptor.stat().st_ino

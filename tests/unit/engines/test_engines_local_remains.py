@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def test_a_removed_name_is_not_noted(layout: Layout) -> None:
         assert name in local_remains.shared_memory([os.getpid()])
         path.unlink()
         assert name not in local_remains.shared_memory([os.getpid()])
+
+
+def test_a_semaphore_is_found_although_the_kernel_calls_it_deleted() -> None:
+    semaphore = multiprocessing.get_context("spawn").Semaphore()
+    name = "sem." + semaphore._semlock.name.removeprefix("/")  # type: ignore[attr-defined]
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    assert [line for line in maps if "/dev/shm/sem." in line and line.endswith("(deleted)")]
+    assert name in local_remains.shared_memory([os.getpid()])
 
 
 def test_phases_take_from_the_end_of_the_one_before() -> None:
