@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parent
@@ -14,10 +15,12 @@ _HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != _HERE]
 sys.path.append(str(_HERE.parents[1]))
 
-from engines.host import environment, preload, process, starters  # noqa: E402
+from engines.host import environment, gate, preload, process, starters  # noqa: E402
 from engines.host.server import Server, Starter  # noqa: E402
 
 sys.path.pop()
+
+_LOCK_WAIT_S = 5.0
 
 log = logging.getLogger("greenroom.host")
 
@@ -39,24 +42,44 @@ def main() -> int:
     os.umask(0o077)
     _log_to_stderr()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _lock(path.with_suffix(".lock")):
         log.error("another engine host has %s", path)
         return 1
     process.adopt_orphans()
     Server(path, _starter(options.mode)).run()
-    return 0
+    # No interpreter shutdown: taking a million objects apart takes seconds, and children live on anyway.
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _lock(path: Path) -> bool:
+    """Be the only host of a socket until the process ends; waits a while for one that is just ending."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.05)
+        else:
+            return True
 
 
 def _starter(mode: str) -> Starter:
     if mode == "spawn":
         return starters.Spawner()
-    parser = preload.import_engine()
-    if gate := preload.gate():
-        log.warning("engines will be spawned, which is slow: %s", gate)
-    return starters.Forker(parser)
+    parser, unfit = None, gate.unfit()
+    if unfit is None:
+        try:
+            parser = preload.import_engine()
+        except Exception:
+            log.exception("importing vLLM failed")
+            unfit = "vLLM could not be imported; the engine host's log says why"
+    if reason := unfit or gate.shut():
+        log.warning("engines will be spawned, which is slow: %s", reason)
+    return starters.Forker(parser, unfit)
 
 
 def _log_to_stderr() -> None:

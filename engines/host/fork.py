@@ -10,7 +10,6 @@ import atexit
 import gc
 import multiprocessing
 import multiprocessing.resource_tracker
-import multiprocessing.util
 import os
 import signal
 import sys
@@ -20,7 +19,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NoReturn
 
-from engines.host import engine, hooks, phases, process
+from engines.host import engine, phases, process
 from engines.host.layout import Layout
 from engines.host.protocol import StartOrder
 
@@ -43,12 +42,10 @@ def _run(order: StartOrder, environment: Mapping[str, str], parser: Any, leave: 
     try:
         phases.stamp(Layout.of(order).phases, phases.FORK)
         _leave_host(order, environment, leave)
-        engine.serve(order, parser)
+        engine.serve_early(order, parser)
         status = 0
     except SystemExit as request:
         status = request.code if isinstance(request.code, int) else int(request.code is not None)
-    except KeyboardInterrupt:
-        status = 128 + signal.SIGTERM  # vLLM raises it when SIGTERM comes before its server is up
     except BaseException:  # (the end of the process: its log is the last to hear of it)
         traceback.print_exc()
     finally:
@@ -58,7 +55,8 @@ def _run(order: StartOrder, environment: Mapping[str, str], parser: Any, leave: 
 def _exit(status: int) -> NoReturn:
     """End like an interpreter would, without unwinding into the host's frames."""
     try:
-        multiprocessing.util._exit_function()  # type: ignore[attr-defined]  # noqa: SLF001 (ends its children)
+        for child in multiprocessing.active_children():  # none, if vLLM came to its own end
+            child.kill()
         atexit._run_exitfuncs()  # noqa: SLF001
         sys.stdout.flush()
         sys.stderr.flush()
@@ -91,7 +89,6 @@ def _leave_host(order: StartOrder, environment: Mapping[str, str], leave: Callab
     multiprocessing.current_process().authkey = os.urandom(32)
     tracker = multiprocessing.resource_tracker._resource_tracker  # noqa: SLF001
     tracker._fd = tracker._pid = None  # type: ignore[attr-defined]  # noqa: SLF001
-    hooks.fork_children()
     process.bind_children()
     # 6. Threads, before the first parallel region.
     torch = import_module("torch")

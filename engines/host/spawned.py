@@ -4,6 +4,8 @@ vLLM's EngineCore is spawned by `multiprocessing`, which runs this file again in
 and with the same arguments. So hooks are installed here at import, in both processes.
 """
 
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -22,7 +24,10 @@ _ORDER = parse_start(decode(sys.argv[1].encode()))
 
 if __name__ == "__mp_main__":
     process.die_with_parent()
-    hooks.stamp_phases(Layout.of(_ORDER).phases)
+    parent = multiprocessing.parent_process()
+    if parent is None or parent.pid != os.getppid():  # it died before the line above
+        os._exit(1)
+    hooks.install(Layout.of(_ORDER), book=False)
 
 if __name__ == "__main__":
     engine.serve(_ORDER, preload.make_parser())
