@@ -44,7 +44,8 @@ def account() -> pwd.struct_passwd | None:
 
 def _reachable(path: Path) -> bool:
     """Whether every other user may go through `path` and all its parents."""
-    return all(p.stat().st_mode & 0o001 for p in (path, *path.parents))
+    real = path.resolve()
+    return all(part.stat().st_mode & 0o001 for part in (real, *real.parents))
 
 
 def home_of(directory: Path, runs_as: pwd.struct_passwd | None, say: Callable[[str], None]) -> Path:
@@ -58,7 +59,7 @@ def home_of(directory: Path, runs_as: pwd.struct_passwd | None, say: Callable[[s
         if directory.is_symlink():
             raise InstallRefused(f"{directory} points to {directory.readlink()}, which is not there")
         directory.parent.mkdir(mode=_ROOT_HOME_MODE, parents=True, exist_ok=True)
-        if _reachable(directory.parent.resolve()):
+        if _reachable(directory.parent):
             directory.mkdir(mode=_ROOT_HOME_MODE)
         else:
             name = hashlib.sha256(str(directory).encode()).hexdigest()[:8] + "-" + secrets.token_hex(2)

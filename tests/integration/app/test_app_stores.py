@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import asyncpg
 import pytest
 
+from app.installs import SYSTEM_HOME, postgres_install
 from app.ownership import AlreadyOwned, DirectoryLock
 from app.stores import EmbeddedPostgres, EmbeddedValkey, StoreRefused
 
@@ -177,9 +179,38 @@ async def test_as_root_other_processes_of_nobody_are_not_let_in(short_dir: Path)
         server.stop()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root runs Postgres as another user")
+def test_as_root_what_nobody_cant_reach_is_put_elsewhere_and_no_directory_is_opened(short_dir: Path) -> None:
+    private = short_dir / "private"
+    private.mkdir(mode=0o700)
+    package = postgres_install().parent
+    shutil.copytree(postgres_install(), private / package.name / postgres_install().name, symlinks=True)
+    shutil.copy2(package / "__init__.py", private / package.name)
+    code = (
+        "import sys; from pathlib import Path; from app.stores import EmbeddedPostgres\n"
+        "server = EmbeddedPostgres(Path(sys.argv[1]), Path(sys.argv[2]), durable=False, say=print)\n"
+        "server.start(); print(Path(f'/proc/{server.process.pid}/exe').readlink()); server.stop()"
+    )
+    directory = private / "data" / "postgres"
+    command = [sys.executable, "-c", code, str(directory), str(short_dir / "pg")]
+    environ = os.environ | {"PYTHONPATH": str(private)}
+    said = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout.splitlines()
+    home = directory.readlink()
+    try:
+        assert said[0] == f"postgres runs as `nobody`, which can't reach {directory}: the database lives in {home}"
+        assert Path(said[1]).is_relative_to(home)
+        assert home.parent == SYSTEM_HOME
+        assert private.stat().st_mode & 0o777 == 0o700
+        again = subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout.splitlines()
+        assert again == said[1:]  # the same place, found by the link
+    finally:
+        shutil.rmtree(home)
+
+
 def test_a_lock_waits_for_the_children_of_a_dead_owner(short_dir: Path) -> None:
     code = (
-        "import subprocess,sys; from pathlib import Path; from app.ownership import DirectoryLock\n"
+        "import subprocess,sys; from pathlib import Path; from app.installs import SYSTEM_HOME, postgres_install
+from app.ownership import DirectoryLock\n"
         "lock = DirectoryLock(Path(sys.argv[1]), 'it'); lock.acquire()\n"
         "print(subprocess.Popen(['sleep', '0.5'], pass_fds=(lock.fd,)).pid)"
     )
