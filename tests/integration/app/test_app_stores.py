@@ -209,8 +209,7 @@ def test_as_root_what_nobody_cant_reach_is_put_elsewhere_and_no_directory_is_ope
 
 def test_a_lock_waits_for_the_children_of_a_dead_owner(short_dir: Path) -> None:
     code = (
-        "import subprocess,sys; from pathlib import Path; from app.installs import SYSTEM_HOME, postgres_install
-from app.ownership import DirectoryLock\n"
+        "import subprocess,sys; from pathlib import Path; from app.ownership import DirectoryLock\n"
         "lock = DirectoryLock(Path(sys.argv[1]), 'it'); lock.acquire()\n"
         "print(subprocess.Popen(['sleep', '0.5'], pass_fds=(lock.fd,)).pid)"
     )
