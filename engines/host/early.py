@@ -1,7 +1,7 @@
 """EngineCore first: it is forked before the HTTP side prepares itself, and the two load side by side.
 
 vLLM makes the tokenizer and renderer, then starts EngineCore, waits until that has loaded the model, and only then
-builds the HTTP application. Here EngineCore is forked as soon as the config is known, before there is a loop or a thread
+builds the HTTP application. Here EngineCore is forked as soon as the config is known, before there is a loop or thread
 to be copied. A thread then keeps vLLM's start-up conversation with it (hello, addresses, ready), and the main thread,
 which would be left waiting, makes tokenizer, renderer and application. Saves 0.7 s where a second core is idle.
 """
