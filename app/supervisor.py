@@ -131,14 +131,9 @@ class Supervisor:
         return migrated
 
     def _host(self) -> Child:
-        settings = self.settings
-        command, log = host_command(settings), self._log("engine-host")
-
-        def launch() -> subprocess.Popen[bytes]:
-            settings.host_socket.unlink(missing_ok=True)
-            return spawn(command, engine_environ(self._environ), log=log)
-
-        return Child("engine-host", launch, stop_s=10.0, log=log)
+        command, log = host_command(self.settings), self._log("engine-host")
+        environ = engine_environ(self._environ)
+        return Child("engine-host", lambda: spawn(command, environ, log=log), stop_s=10.0, log=log)
 
     def _gateway(self, index: int, environ: Mapping[str, str]) -> Child:
         assert self._claim is not None  # noqa: S101 (run() did)
@@ -309,4 +304,5 @@ class Supervisor:
 def host_command(settings: Settings) -> list[str]:
     """How the engine host is started, in the engine environment."""
     files = [str(settings.engine_python), str(HOST_MAIN)]
-    return [*files, "--socket", str(settings.host_socket), "--mode", settings.engine.start]
+    cache = settings.data_path / "cache"  # vLLM's; it must outlive the run directory
+    return [*files, "--socket", str(settings.host_socket), "--mode", settings.engine.start, "--cache", str(cache)]
