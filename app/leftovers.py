@@ -20,12 +20,12 @@ PATIENCE_S: Final = 10.0
 
 
 def sweep(run_path: Path, *, spare: Collection[int], say: Callable[[str], None]) -> tuple[int, ...]:
-    """Kill what is left of the engines and return the pids; `spare` are children that go on (and their groups).
+    """Kill what is left of the engines and return the pids; `spare` are children that go on, with their children.
 
     Blocks until they are gone, at most `PATIENCE_S` seconds.
     """
-    left = {pid for pid in (*_descendants(os.getpid()), *_holders(run_path / "e")) if pid != os.getpid()}
-    groups = {os.getpgid(pid) for pid in left if _exists(pid)} - set(spare) - {os.getpgid(0)}
+    left = {*_descendants(os.getpid(), spare), *_holders(run_path / "e")} - {os.getpid()}
+    groups = {leader for pid in left if (leader := _leader(pid))} - {os.getpgid(0)}
     doomed = sorted({member for leader in groups for member in group.members(leader)})
     if not doomed:
         return ()
@@ -41,16 +41,20 @@ def sweep(run_path: Path, *, spare: Collection[int], say: Callable[[str], None])
     return tuple(doomed)
 
 
-def _exists(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def _leader(pid: int) -> int | None:
+    """The process group of a process, if it is still there."""
+    with contextlib.suppress(ProcessLookupError):
+        return os.getpgid(pid)
+    return None
 
 
-def _descendants(pid: int) -> list[int]:
+def _descendants(pid: int, spare: Collection[int]) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):
         for thread in Path(f"/proc/{pid}/task").iterdir():
-            for child in (thread / "children").read_text().split():
-                found += [int(child), *_descendants(int(child))]
+            for child in (int(word) for word in (thread / "children").read_text().split()):
+                if child not in spare:
+                    found += [child, *_descendants(child, spare)]
     return found
 
 
