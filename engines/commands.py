@@ -43,6 +43,7 @@ def encode(command: Command) -> str:
 def decode(payload: str) -> Command | None:
     """A payload as a command; `None` if it isn't one."""
     try:
-        return msgspec.json.decode(payload, type=Command)
+        command: Command = msgspec.json.decode(payload, type=Command)
     except (msgspec.DecodeError, ValueError, RecursionError):
         return None
+    return command
