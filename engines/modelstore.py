@@ -80,15 +80,15 @@ def put(package: Package, models: Path, *, name: str, source: str, progress: Pro
     if free < package.size:
         reason = f"the model needs {package.size:,} bytes and {free:,} are free"
         raise OSError(errno.ENOSPC, reason, str(models))
-    with _incoming(models) as incoming:
-        files = _copy(package, incoming, progress)
-        facts = inspect(incoming).facts
+    with incoming(models) as folder:
+        files = _copy(package, folder, progress)
+        facts = inspect(folder).facts
         model = packaging.manifest(name, source, facts, files)
         target = models / model.digest
         if target.exists() and not _sizes_match(target, model):
-            target.rename(incoming / "damaged")
-        _publish(incoming, target)
-        _write_manifest(incoming, _manifest_path(models, model.digest), model)
+            target.rename(folder / "damaged")
+        _publish(folder, target)
+        _write_manifest(folder, _manifest_path(models, model.digest), model)
     return model
 
 
@@ -127,8 +127,27 @@ def remove(models: Path, digest: ModelDigest) -> None:
     """Take a model's files away; nothing happens if there are none."""
     _manifest_path(models, digest).unlink(missing_ok=True)
     if (models / digest).exists():
-        with _incoming(models) as doomed:
+        with incoming(models) as doomed:
             (models / digest).rename(doomed / digest)
+
+
+@contextmanager
+def incoming(models: Path) -> Iterator[Path]:
+    """A locked folder of one's own in the store; gone afterwards with all that is still in it.
+
+    The store is locked while it is made, so that nobody sweeps it away before it has its lock.
+    """
+    models.mkdir(parents=True, exist_ok=True)
+    with _locked(models):
+        _sweep(models)
+        folder = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=models))
+        lock = _open_folder(folder)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def _listing(folder: Path) -> dict[str, int]:
@@ -197,11 +216,11 @@ def _copy(package: Package, target: Path, progress: Progress) -> list[ModelFile]
     return files
 
 
-def _publish(incoming: Path, target: Path) -> None:
+def _publish(copied: Path, target: Path) -> None:
     """Give the copied files their final place, all at once and durably, unless equal ones are there."""
-    complete = incoming / "complete"
+    complete = copied / "complete"
     complete.mkdir(mode=0o755)
-    for file in [entry for entry in incoming.iterdir() if entry.is_file()]:
+    for file in [entry for entry in copied.iterdir() if entry.is_file()]:
         file.rename(complete / file.name)
     _sync(complete)
     try:
@@ -212,8 +231,8 @@ def _publish(incoming: Path, target: Path) -> None:
     _sync(target.parent)
 
 
-def _write_manifest(incoming: Path, path: Path, model: Model) -> None:
-    draft = incoming / "manifest"
+def _write_manifest(folder: Path, path: Path, model: Model) -> None:
+    draft = folder / "manifest"
     with draft.open("xb") as file:
         file.write(msgspec.json.encode(model))
         file.flush()
@@ -239,24 +258,6 @@ def _sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _incoming(models: Path) -> Iterator[Path]:
-    """A locked folder of one's own in the store; gone afterwards with all that is still in it.
-
-    The store is locked while it is made, so that nobody sweeps it away before it has its lock.
-    """
-    with _locked(models):
-        _sweep(models)
-        folder = Path(tempfile.mkdtemp(prefix=_INCOMING, dir=models))
-        lock = _open_folder(folder)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ COMMANDS: Final[Mapping[str, str]] = {
     "variants": "app.cli.variants:group",
     "engines": "app.cli.engines:group",
     "usage": "app.cli.usage:usage",
+    "chat": "app.cli.chat:chat",
 }
 """Name → `module:attribute`."""
 
