@@ -41,6 +41,7 @@ from app.stores import EmbeddedPostgres, EmbeddedValkey
 HOST_MAIN: Final = Path(__file__).parent.parent / "engines" / "host" / "__main__.py"
 _ROTATE_S: Final = 60.0
 _HASTE_S: Final = 1.0
+_LOOK_S: Final = 0.1
 
 
 class UpRefused(Refused):
@@ -70,6 +71,8 @@ class Supervisor:
         self._say = say
         self._logs_to_files = logs_to_files
         self._children: list[Child] = []
+        self._started_at = time.monotonic()
+        self._host_is_new = settings.engine.launcher == "local"
         self._asked = 0  # how often we were asked to stop
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._claim: Claim | None = None
@@ -77,10 +80,11 @@ class Supervisor:
         self._valkey: EmbeddedValkey | None = None
 
     def run(self, when_ready: Callable[[Migrated], None]) -> None:
-        """Start everything, call `when_ready`, keep it running until SIGINT, SIGTERM or SIGHUP, stop everything.
+        """Start everything, keep it running until SIGINT, SIGTERM or SIGHUP, stop everything.
 
-        Raises `ClaimRefused`, `AlreadyOwned`, `UpRefused`, `StoreRefused` or what `migrate` raises, after stopping what
-        had started. `settings` has the real ports once `when_ready` is called.
+        `when_ready` is called once all gateways are ready; `settings` has the real ports then. The engine host may be
+        importing vLLM still; a request that needs a new engine waits for it. Raises what is `Refused`, after stopping
+        what had started.
         """
         if self.settings.engine.launcher == "local" and not os.access(self.settings.engine_python, os.X_OK):
             python = self.settings.engine_python
@@ -125,9 +129,6 @@ class Supervisor:
         for index in range(settings.gateway.count):
             with self._step(f"gateway {index}"):
                 self._await(partial(readiness.gateway, settings, index), 60.0, f"gateway-{index}")
-        if settings.engine.launcher == "local":
-            with self._step("engine host"):
-                self._await(lambda: readiness.host(settings.host_socket) is not None, 300.0, "engine-host")
         return migrated
 
     def _host(self) -> Child:
@@ -180,9 +181,8 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _step(self, what: str) -> Iterator[None]:
-        start = time.monotonic()
         yield
-        self._say(f"{what} ready ({time.monotonic() - start:.1f} s)")
+        self._say(f"{time.monotonic() - self._started_at:4.1f} s  {what} ready")
 
     def _await(self, ready: Callable[[], bool], timeout_s: float, name: str) -> None:
         """Wait until `ready`. A child that dies meanwhile is an answer too: it won't get better by itself."""
@@ -211,18 +211,31 @@ class Supervisor:
         while not self._asked:
             now = time.monotonic()
             due = [child.due for child in self._children if child.due is not None]
-            poller.poll(max(0.0, min([rotate_at, *due]) - now) * 1000)
+            look = [now + _LOOK_S] if self._host_is_new else []
+            poller.poll(max(0.0, min([rotate_at, *due, *look]) - now) * 1000)
             with contextlib.suppress(BlockingIOError):
                 os.read(self._wake_read, 4096)
             for child in self._reap():
-                wait = child.died(time.monotonic())
-                self._say(f"{child.name} ended; starting it again in {wait:.1f} s")
+                self._died(child)
             self._restart()
+            self._look_at_host()
             if time.monotonic() >= rotate_at:
                 rotate_at = time.monotonic() + _ROTATE_S
                 for child in self._children:
                     if child.log is not None:
                         rotate(child.log)
+
+    def _died(self, child: Child) -> None:
+        if child.name == "engine-host" and self._host_is_new:
+            raise UpRefused(f"engine-host ended while starting: {self._last_words(child)}")
+        wait = child.died(time.monotonic())
+        self._say(f"{child.name} ended; starting it again in {wait:.1f} s")
+
+    def _look_at_host(self) -> None:
+        """Say when the first engine host is ready; it imports vLLM for some seconds while all else runs already."""
+        if self._host_is_new and readiness.host(self.settings.host_socket) is not None:
+            self._host_is_new = False
+            self._say(f"{time.monotonic() - self._started_at:4.1f} s  engine host ready")
 
     def _restart(self) -> None:
         for child in self._children:

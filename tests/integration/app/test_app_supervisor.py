@@ -172,10 +172,11 @@ def test_a_signal_while_starting_stops_what_was_started(stack: Stack) -> None:
 def test_a_second_run_needs_no_new_admin_key_and_shows_none(stack: Stack) -> None:
     stack.start()
     key = stack.admin_key
-    assert f"admin key: {key}" in stack.log_path.read_text()
+    eventually(lambda: f"admin key: {key}" in stack.log_path.read_text(), "the admin key to be shown")
     stack.stop()
     stack.log_path.unlink()
     stack.start()
+    eventually(lambda: "Ctrl-C stops it" in stack.log_path.read_text(), "the last line")
     assert key not in stack.log_path.read_text()
     assert stack.admin_key == key
     assert (stack.data_dir / "admin-key").stat().st_mode & 0o777 == 0o600
