@@ -44,6 +44,7 @@ class _Commands(click.RichGroup):
             return None
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)
+        command.name = cmd_name  # the modules' groups are all called `group`
         return command
 
 
