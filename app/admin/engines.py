@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from app.admin.pages import After, Limit, Page, moment, moment_or_none, page, position
 from app.admin.parts import AdminParts, Parts
-from app.admin.problems import FieldInvalid, NotNow
+from app.admin.problems import PROBLEMS, FieldInvalid, NotNow
 from engines import placement, queries
 from engines.commands import Stop
 from engines.errors import NotFound
@@ -118,7 +118,7 @@ def view(record: EngineRecord) -> EngineView:
     )
 
 
-@get("/engines", tags=["engines"])
+@get("/engines", tags=["engines"], responses=PROBLEMS)
 async def list_engines(
     parts: Parts, stopped: Stopped = False, limit: Limit = 100, after: After = None
 ) -> Page[EngineView]:
@@ -131,13 +131,13 @@ async def list_engines(
     return page(found, limit, lambda record: record.engine.id, view)
 
 
-@get("/engines/{engine:str}", tags=["engines"])
+@get("/engines/{engine:str}", tags=["engines"], responses=PROBLEMS)
 async def get_engine(engine: FromPath[str], parts: Parts) -> EngineView:
     """One engine."""
     return view(await _find(parts, engine))
 
 
-@post("/engines/{engine:str}/stop", tags=["engines"])
+@post("/engines/{engine:str}/stop", tags=["engines"], responses=PROBLEMS)
 async def stop_engine(
     engine: FromPath[str], parts: Parts, data: JSONBody[EngineStop | None] = None
 ) -> Response[EngineView]:
@@ -149,7 +149,7 @@ async def stop_engine(
     return Response(view(record), status_code=202)
 
 
-@get("/engines/{engine:str}/logs", tags=["engines"])
+@get("/engines/{engine:str}/logs", tags=["engines"], responses=PROBLEMS)
 async def get_logs(engine: FromPath[str], parts: Parts, lines: Lines = 200, after: Position = None) -> EngineLog:
     """The end of its log, or whole lines that have come since `after`."""
     record = await _find(parts, engine)
@@ -161,7 +161,7 @@ async def get_logs(engine: FromPath[str], parts: Parts, lines: Lines = 200, afte
     return _log(part)
 
 
-@get("/fleet", tags=["engines"])
+@get("/fleet", tags=["engines"], responses=PROBLEMS)
 async def get_fleet(parts: Parts) -> FleetView:
     """Devices, what is reserved of them, and the state of each pool."""
     fleet = parts.fleet()

@@ -12,7 +12,7 @@ from msgspec import Meta, Struct
 
 from app.admin.pages import After, Limit, Page, moment, moment_or_none, page, position
 from app.admin.parts import Parts
-from app.admin.problems import FieldInvalid
+from app.admin.problems import PROBLEMS, FieldInvalid
 from tenants import queries
 from tenants.keys import RANDOM_BYTES, KeyKind, digest, generate
 from tenants.model import Key
@@ -55,7 +55,7 @@ def view(key: Key, workspace: str) -> KeyView:
     )
 
 
-@post("/workspaces/{workspace:str}/keys", tags=["keys"])
+@post("/workspaces/{workspace:str}/keys", tags=["keys"], responses=PROBLEMS)
 async def create_key(workspace: FromPath[str], parts: Parts, data: JSONBody[KeyCreate]) -> KeyCreated:
     """Make a key. `key` is shown now and never again."""
     if data.expires_at is not None and data.expires_at.timestamp() <= parts.clock():
@@ -68,7 +68,7 @@ async def create_key(workspace: FromPath[str], parts: Parts, data: JSONBody[KeyC
     return KeyCreated(**msgspec.structs.asdict(view(stored, workspace)), key=key.text)
 
 
-@get("/workspaces/{workspace:str}/keys", tags=["keys"])
+@get("/workspaces/{workspace:str}/keys", tags=["keys"], responses=PROBLEMS)
 async def list_keys(workspace: FromPath[str], parts: Parts, limit: Limit = 100, after: After = None) -> Page[KeyView]:
     """A workspace's keys, oldest first, revoked ones too."""
     await queries.get_workspace(parts.pool, workspace)
@@ -76,7 +76,7 @@ async def list_keys(workspace: FromPath[str], parts: Parts, limit: Limit = 100, 
     return page(found, limit, lambda key: key.id, lambda key: view(key, workspace))
 
 
-@delete("/workspaces/{workspace:str}/keys/{key:str}", status_code=200, tags=["keys"])
+@delete("/workspaces/{workspace:str}/keys/{key:str}", status_code=200, tags=["keys"], responses=PROBLEMS)
 async def revoke_key(workspace: FromPath[str], key: FromPath[str], parts: Parts) -> KeyView:
     """Refuse the key from now on, everywhere within two seconds; the answer is the revoked key."""
     return view(await queries.revoke_key(parts.pool, workspace, key), workspace)

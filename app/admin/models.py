@@ -16,6 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from app.admin.pages import After, Limit, Page, moment, page, position
 from app.admin.parts import AdminParts, Parts
+from app.admin.problems import PROBLEMS
 from engines import modelstore, queries
 from engines.errors import Conflict, NotFound
 from engines.model import ModelDigest, ModelFile, Name
@@ -73,14 +74,14 @@ async def find(parts: AdminParts, name: str) -> ModelRecord:
     return record
 
 
-@get("/models", tags=["models"])
+@get("/models", tags=["models"], responses=PROBLEMS)
 async def list_models(parts: Parts, limit: Limit = 100, after: After = None) -> Page[ModelView]:
     """Models by name."""
     found = await queries.model_records(parts.pool, after=position(after) or "", limit=limit + 1)
     return page(found, limit, lambda record: record.model.name, lambda record: view(record, files=False))
 
 
-@post("/models", tags=["models"])
+@post("/models", tags=["models"], responses=PROBLEMS)
 async def create_model(data: JSONBody[ModelCreate], parts: Parts) -> Response[ModelView]:
     """Register what is in the store; 200 if this name has this content already, 409 if it has other content."""
     async with parts.pool.acquire() as connection, connection.transaction():
@@ -96,13 +97,13 @@ async def create_model(data: JSONBody[ModelCreate], parts: Parts) -> Response[Mo
     return Response(view(record), status_code=201 if created else 200)
 
 
-@get("/models/{name:str}", tags=["models"])
+@get("/models/{name:str}", tags=["models"], responses=PROBLEMS)
 async def get_model(name: FromPath[str], parts: Parts) -> ModelView:
     """One model with its files."""
     return view(await find(parts, name))
 
 
-@delete("/models/{name:str}", tags=["models"])
+@delete("/models/{name:str}", tags=["models"], responses=PROBLEMS)
 async def delete_model(name: FromPath[str], parts: Parts) -> None:
     """Forget a model that no variant names and no engine runs, and its files unless another model has the same."""
     digest = await queries.delete_model(parts.pool, name)

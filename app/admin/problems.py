@@ -26,6 +26,7 @@ import msgspec
 import structlog
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
+from litestar.openapi import ResponseSpec
 from msgspec import UNSET, Struct, UnsetType
 
 import engines.errors
@@ -88,6 +89,13 @@ _STATUS: Final[tuple[tuple[tuple[type[Exception], ...], HTTPStatus], ...]] = (
     ((UnicodeDecodeError, asyncpg.DataError, RecursionError), HTTPStatus.BAD_REQUEST),
     ((NotNow, tenants.errors.AuthUnavailable, *_POSTGRES_AWAY), HTTPStatus.SERVICE_UNAVAILABLE),
 )
+
+
+PROBLEMS: Final = {
+    int(status): ResponseSpec(Problem, description=status.phrase, media_type=MEDIA_TYPE, generate_examples=False)
+    for status in (*(status for _, status in _STATUS), HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+}
+"""What every route may answer, for the OpenAPI description."""
 
 
 def field_invalid(error: msgspec.ValidationError, prefix: str) -> FieldInvalid:

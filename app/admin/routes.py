@@ -7,6 +7,7 @@ from typing import Final
 from litestar import Router
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
+from litestar.openapi.spec import Components, SecurityScheme
 
 import engines.errors
 import tenants.errors
@@ -16,6 +17,13 @@ from app.admin.parts import AdminParts
 
 PATH: Final = "/admin/v1"
 MAX_BODY_BYTES: Final = 1 << 20
+SECURITY_SCHEME: Final = "admin key"
+COMPONENTS: Final = Components(
+    security_schemes={
+        SECURITY_SCHEME: SecurityScheme(type="http", scheme="bearer", description="An operator's key, `gra-…`.")
+    }
+)
+"""For the app's `OpenAPIConfig`."""
 
 
 def admin_routes(parts: AdminParts) -> Router:
@@ -39,5 +47,5 @@ def admin_routes(parts: AdminParts) -> Router:
             Exception: problems.answer,
         },
         request_max_body_size=MAX_BODY_BYTES,
-        security=[{"admin key": []}],
+        security=[{SECURITY_SCHEME: []}],
     )

@@ -16,13 +16,14 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 import msgspec
 from litestar import Request, Response, get
+from litestar.openapi import ResponseSpec
 from litestar.params import FromQuery, QueryParameter
 from litestar.response import Stream
 from msgspec import UNSET, Struct, UnsetType
 
 from app.admin.pages import After, Limit, cursor, moment, position
 from app.admin.parts import AdminParts, Parts
-from app.admin.problems import FieldInvalid
+from app.admin.problems import PROBLEMS, FieldInvalid
 from tenants.queries import Split, all_usage_sums
 from tenants.usage import UsageGroup, UsageSum
 
@@ -102,7 +103,7 @@ class _Question(Struct, frozen=True, kw_only=True):
         )
 
 
-@get("/usage", tags=["usage"])
+@get("/usage", tags=["usage"], responses={**PROBLEMS, 200: ResponseSpec(UsagePage, generate_examples=False)})
 async def get_usage(
     *,
     request: Request[Any, Any, Any],

@@ -18,7 +18,7 @@ from msgspec import UNSET, Struct, UnsetType
 from app.admin.models import find
 from app.admin.pages import After, Limit, Page, moment, page, position
 from app.admin.parts import AdminParts, Parts
-from app.admin.problems import FieldInvalid, NotNow, field_invalid
+from app.admin.problems import PROBLEMS, FieldInvalid, NotNow, field_invalid
 from engines import footprint, placement, promises, queries
 from engines.commands import Prewarm
 from engines.errors import Conflict, NotFound
@@ -92,7 +92,7 @@ def view(variant: Variant) -> VariantView:
     )
 
 
-@get("/workspaces/{workspace:str}/variants", tags=["variants"])
+@get("/workspaces/{workspace:str}/variants", tags=["variants"], responses=PROBLEMS)
 async def list_variants(
     workspace: FromPath[str], parts: Parts, limit: Limit = 100, after: After = None
 ) -> Page[VariantView]:
@@ -102,7 +102,7 @@ async def list_variants(
     return page(found, limit, lambda variant: variant.name, view)
 
 
-@post("/workspaces/{workspace:str}/variants", tags=["variants"])
+@post("/workspaces/{workspace:str}/variants", tags=["variants"], responses=PROBLEMS)
 async def create_variant(
     workspace: FromPath[str], data: JSONBody[VariantCreate], parts: Parts
 ) -> Response[VariantView]:
@@ -128,13 +128,13 @@ async def create_variant(
     return Response(view(await _variant(parts.pool, workspace, data.name)), status_code=201)
 
 
-@get("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"])
+@get("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"], responses=PROBLEMS)
 async def get_variant(workspace: FromPath[str], name: FromPath[str], parts: Parts) -> VariantView:
     """One variant."""
     return view(await _variant(parts.pool, workspace, name))
 
 
-@patch("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"])
+@patch("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"], responses=PROBLEMS)
 async def patch_variant(
     workspace: FromPath[str], name: FromPath[str], data: JSONBody[VariantPatch], parts: Parts
 ) -> VariantView:
@@ -157,13 +157,13 @@ async def patch_variant(
     return view(changed)
 
 
-@delete("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"])
+@delete("/workspaces/{workspace:str}/variants/{name:str}", tags=["variants"], responses=PROBLEMS)
 async def delete_variant(workspace: FromPath[str], name: FromPath[str], parts: Parts) -> None:
     """Forget a variant. Requests that name it get 404 from now on; those under way are finished."""
     await queries.delete_variant(parts.pool, workspace, name)
 
 
-@post("/workspaces/{workspace:str}/variants/{name:str}/prewarm", status_code=202, tags=["variants"])
+@post("/workspaces/{workspace:str}/variants/{name:str}/prewarm", status_code=202, tags=["variants"], responses=PROBLEMS)
 async def prewarm_variant(workspace: FromPath[str], name: FromPath[str], parts: Parts) -> VariantView:
     """Have an engine ready for the variant; counts as use, so its keep-alive begins anew. `/engines` shows it."""
     variant = await _variant(parts.pool, workspace, name)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 import secrets
+import sys
 from pathlib import Path
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -343,3 +345,23 @@ def test_every_command_has_a_help_text_and_json() -> None:
             if not verb.help or "--json" not in options:
                 missing.append(f"{noun} {verb.name}")
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        (("workspaces", "create", "acme"), 0, ""),
+        (("workspaces", "show", "gone"), 1, "greenroom: there is no workspace gone\n"),
+        (("workspaces", "nonsense"), 2, None),
+    ],
+)
+async def test_the_program_ends_with_0_1_or_2(
+    arguments: tuple[str, ...], code: int, error: str | None, cli: Any
+) -> None:
+    program = [sys.executable, "-m", "app", *arguments]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*program, env=cli.env, stdout=pipe, stderr=pipe)
+    _, said = await process.communicate()
+    assert process.returncode == code
+    if error is not None:
+        assert said.decode() == error
