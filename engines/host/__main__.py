@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--mode", choices=("fork", "spawn"), default="fork", help="how engines are started")
     parser.add_argument("--cache", type=Path, help="directory for vLLM's caches (default: beside the socket)")
     options = parser.parse_args()
+    process.name("greenroom: engine-host")
     path = options.socket.absolute()
     cache = (options.cache or path.parent / "cache").absolute()
     fixed = environment.host_environment(os.environ, cache)

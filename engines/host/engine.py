@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Awaitable
 from importlib import import_module
 from typing import Any
@@ -60,14 +59,11 @@ async def _run(
 def _prepare(order: StartOrder, parser: Any) -> Any:
     """Confine the process, install the hooks and parse the command line."""
     layout = Layout.of(order)
+    process.name(f"greenroom: engine {order.engine}")
     process.confine()
     hooks.install(layout, book=True)
-    sys.argv = [
-        "engine",
-        *order.argv,
-        *("--model", order.model_path, "--served-model-name", order.served_name, "--uds", str(layout.socket)),
-    ]
-    arguments = parser.parse_args(sys.argv[1:])
+    ours = ("--model", order.model_path, "--served-model-name", order.served_name, "--uds", str(layout.socket))
+    arguments = parser.parse_args([*order.argv, *ours])
     _entry().configure_logging_from_args(arguments)
     import_module("vllm.entrypoints.launchers.cli_args").validate_parsed_serve_args(arguments)
     return arguments

@@ -85,11 +85,12 @@ def _leave_host(order: StartOrder, environment: Mapping[str, str], leave: Callab
     os.environ.pop("VLLM_OBJECT_STORAGE_SHM_BUFFER_NAME", None)  # made once a process tree, else shared by all engines
     tempfile.tempdir = None
     os.chdir(layout.run)
+    sys.argv = ["engine"]
     # 5. multiprocessing: a secret and a resource tracker of its own; children are forked and die with this process.
     multiprocessing.current_process().authkey = os.urandom(32)
     tracker = multiprocessing.resource_tracker._resource_tracker  # noqa: SLF001
     tracker._fd = tracker._pid = None  # type: ignore[attr-defined]  # noqa: SLF001
-    process.bind_children()
+    os.register_at_fork(after_in_child=process.die_with_parent)
     # 6. Threads, before the first parallel region.
     torch = import_module("torch")
     torch.set_num_threads(order.threads)

@@ -4,6 +4,7 @@ An engine is a session and process group whose id is the pid of its leader. A pi
 used again, so everything here takes the leader's start time as well (`/proc/PID/stat` field 22, ticks since boot).
 While any process is left in a group the kernel gives its number to nobody else, so a group whose leader has died can
 still be named by it. Zombies don't count: a leader that nobody has reaped yet is gone as far as memory is concerned.
+But one of whose threads some still live does; those end a moment later, and hold memory and sockets until then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-_ZOMBIE = frozenset("ZXx")
+_ENDED = frozenset("ZXx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,12 @@ class _Stat:
     state: str
     group: int
     session: int
+    threads: int
     start: int
+
+    @property
+    def living(self) -> bool:
+        return self.state not in _ENDED or self.threads > 1
 
 
 def _stat(pid: int | str) -> _Stat | None:
@@ -31,7 +37,8 @@ def _stat(pid: int | str) -> _Stat | None:
         return None
     # The name in the second field may hold spaces and brackets; the fields that we want come after its last bracket.
     fields = text[text.rindex(")") + 2 :].split()
-    return _Stat(state=fields[0], group=int(fields[2]), session=int(fields[3]), start=int(fields[19]))
+    group, session, threads, start = (int(fields[at]) for at in (2, 3, 17, 19))
+    return _Stat(state=fields[0], group=group, session=session, threads=threads, start=start)
 
 
 def start_time(pid: int) -> int | None:
@@ -43,7 +50,7 @@ def start_time(pid: int) -> int | None:
 def alive(pid: int, pid_start: int) -> bool:
     """Whether the very process is there and not a zombie."""
     stat = _stat(pid)
-    return stat is not None and stat.start == pid_start and stat.state not in _ZOMBIE
+    return stat is not None and stat.start == pid_start and stat.living
 
 
 def members(pid: int) -> tuple[int, ...]:
@@ -53,7 +60,7 @@ def members(pid: int) -> tuple[int, ...]:
 
 
 def _belongs(stat: _Stat | None, pid: int) -> bool:
-    return stat is not None and pid in (stat.group, stat.session) and stat.state not in _ZOMBIE
+    return stat is not None and pid in (stat.group, stat.session) and stat.living
 
 
 def terminate(pid: int, pid_start: int) -> bool:

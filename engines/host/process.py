@@ -7,6 +7,7 @@ import ctypes
 import os
 import resource
 import signal
+from importlib import import_module
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -16,33 +17,29 @@ _OOM_SCORE = 500
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+def name(title: str) -> None:
+    """Show as this in `ps`. The first call must come before the environment is changed, whose place the title takes."""
+    with contextlib.suppress(ImportError):
+        import_module("setproctitle").setproctitle(title)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent has died (a child subreaper), so that they can be reaped."""
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def die_with_parent() -> None:
-    """Be killed when the parent dies; to be called in the child. The caller must check that the parent still lives."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    """Be killed when the parent dies; to be called first thing in a child of an engine's process.
 
-
-def bind_children() -> None:
-    """Let every process that is forked from here on die with the process that forked it.
-
-    Otherwise a killed leader leaves its EngineCore behind, with the memory of the model.
+    A parent that has died before is seen by whose child this is now: the engine host's, which is of another session.
     """
-    parent = 0
-
-    def remember() -> None:
-        nonlocal parent
-        parent = os.getpid()
-
-    def belong() -> None:
-        die_with_parent()
-        if os.getppid() != parent:  # it died between the fork and the line above
-            os._exit(1)
-
-    os.register_at_fork(before=remember, after_in_child=belong)
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        orphaned = os.getsid(os.getppid()) != os.getsid(0)
+    except OSError:
+        orphaned = True
+    if orphaned:
+        os._exit(1)
 
 
 def confine() -> None:

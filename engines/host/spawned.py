@@ -4,8 +4,6 @@ vLLM's EngineCore is spawned by `multiprocessing`, which runs this file again in
 and with the same arguments. So hooks are installed here at import, in both processes.
 """
 
-import multiprocessing
-import os
 import sys
 from pathlib import Path
 
@@ -24,9 +22,6 @@ _ORDER = parse_start(decode(sys.argv[1].encode()))
 
 if __name__ == "__mp_main__":
     process.die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is None or parent.pid != os.getppid():  # it died before the line above
-        os._exit(1)
     hooks.install(Layout.of(_ORDER), book=False)
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""An engine that is spawned: slower, and the same to everybody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_host import SCRIPT, RealHost, eventually, order
+
+from engines.host import group
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture
+def spawning_host(ground: Path, engine_python: Path) -> Iterator[RealHost]:
+    """A host that was told to spawn; it is there at once, as it imports nothing."""
+    command = [engine_python, SCRIPT, "--cache", ground / "cache", "--mode", "spawn"]
+    running = RealHost(command, ground / "spawn.sock", log=ground / "spawn.log")
+    yield running
+    running.end()
+
+
+def test_a_spawned_engine_has_phases_a_book_and_no_orphans(
+    spawning_host: RealHost, ground: Path, demo_model: Path
+) -> None:
+    answer = spawning_host.request("hello", epoch=1)
+    assert (answer["mode"], answer["gate"]) == ("spawn", None)
+    engine = spawning_host.start(order(demo_model, ground, threads=2)).wait_until_listening()
+    assert [name for name, _ in engine.phases()] == ["fork", "config", "weights", "init", "listening"]
+    said = engine.ask(
+        "/v1/chat/completions", "s1", messages=[{"role": "user", "content": "Hi"}], n=2, temperature=1, max_tokens=4
+    )
+    entries = engine.book("s1", 2)
+    assert sum(entry["prompt"] for entry in entries) == said["usage"]["prompt_tokens"]
+    assert sum(entry["completion"] for entry in entries) == said["usage"]["completion_tokens"]
+    os.kill(engine.pid, signal.SIGKILL)
+    eventually(lambda: not group.members(engine.pid), within_s=10.0)
+    assert spawning_host.exit_status(engine) == -signal.SIGKILL
