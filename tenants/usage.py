@@ -118,3 +118,31 @@ class BookTotals(Struct, frozen=True):
     lines: int
     engine: str
     finished_at: float
+
+
+class UsageGroup(Struct, frozen=True, order=True, kw_only=True):
+    """What a sum is over; a part that sums aren't split by is empty."""
+
+    start: float = 0.0
+    """Beginning of the hour or day (UTC), in seconds since the epoch."""
+    workspace: str = ""
+    variant: str = ""
+    key: str = ""
+
+
+class UsageSum(Struct, frozen=True, kw_only=True):
+    """What a group used: requests by their final attempt, each attempt by its highest revision.
+
+    Tokens are those of final attempts; failed ones cost their workspace nothing.
+    """
+
+    group: UsageGroup
+    requests: int
+    completed: int
+    cold: int
+    """Requests that held for the start of an engine."""
+    failed_attempts: int
+    """Attempts that were followed by another."""
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int

@@ -149,5 +149,6 @@ CREATE TABLE usage_event (
     PRIMARY KEY (request_id, attempt, revision)
 );
 CREATE UNIQUE INDEX usage_event_one_final ON usage_event (request_id) WHERE final AND revision = 0;
+CREATE INDEX usage_event_corrections ON usage_event (request_id, attempt, revision) WHERE revision > 0;
 CREATE INDEX usage_event_workspace_time ON usage_event (workspace, received_at);
 CREATE INDEX usage_event_time ON usage_event (received_at);

@@ -8,22 +8,49 @@ matter whether a pool has codecs. A change that others cache is announced by NOT
 from __future__ import annotations
 
 from tenants.queries.keys import KEYS_CHANNEL, StoredKey, all_stored_keys, create_key, list_keys, revoke_key
-from tenants.queries.workspaces import (
-    all_workspaces,
-    create_workspace,
-    disable_workspace,
-    get_workspace,
+from tenants.queries.ledger import (
+    Attempt,
+    Closing,
+    LeftOpen,
+    all_usage_close,
+    all_usage_left_open,
+    all_usage_lock,
+    all_usage_of_gateway,
+    all_usage_open,
+    all_usage_pending,
+    all_usage_withdraw,
+    extend_lease,
+    remove_dead_instances,
+    remove_instance,
 )
+from tenants.queries.usage import Split, all_usage_sums, sum_usage
+from tenants.queries.workspaces import all_workspaces, create_workspace, disable_workspace, get_workspace
 
 __all__ = [
     "KEYS_CHANNEL",
+    "Attempt",
+    "Closing",
+    "LeftOpen",
+    "Split",
     "StoredKey",
     "all_stored_keys",
+    "all_usage_close",
+    "all_usage_left_open",
+    "all_usage_lock",
+    "all_usage_of_gateway",
+    "all_usage_open",
+    "all_usage_pending",
+    "all_usage_sums",
+    "all_usage_withdraw",
     "all_workspaces",
     "create_key",
     "create_workspace",
     "disable_workspace",
+    "extend_lease",
     "get_workspace",
     "list_keys",
+    "remove_dead_instances",
+    "remove_instance",
     "revoke_key",
+    "sum_usage",
 ]

@@ -1,0 +1,358 @@
+"""The writing side of the ledger in one gateway: open rows before a client sees a byte, one final event after.
+
+One task (`run`) owns everything: it holds one connection of the pool and commits in groups. Whatever arrives while a
+commit is under way shares the next one, and a commit begins at most 2 ms after the one before began, so an idle gateway
+waits for nothing and a busy one shares each fsync among many. All that the task writes may be written twice without
+harm (the rules are in `queries.ledger`), so whatever failed or may have failed is simply written again.
+
+What a caller does: `open(row)` and wait; then, whatever happens, `close(row)` exactly once for each attempt. A close
+with `final=False` opens the next attempt in the same commit; `open` of that attempt only waits for it, and it must be
+closed like any other even if that wait failed.
+
+Postgres away:
+- An open waits two to four seconds for it to come back and is then refused (`LedgerUnavailable`): the request must not
+  start. If its row was sent and the connection broke before the answer, nobody knows whether it is there. Within its
+  time it is written again (there is a primary key); after that it is remembered as refused, and the audit removes it.
+- A close is kept until Postgres takes it. Beyond `BACKLOG_MAX` of them it is dropped: logged with its ids, counted in
+  `dropped`, its open row left for the reaper by the audit, which closes it from the engine book.
+- The audit compares this gateway's open rows in the database with what it answers for: after every failure, every half
+  minute and before it leaves. It removes what was refused and leaves to the reaper what isn't known here.
+
+The lease in `instance` is extended each second, and always before opens are written, so no open row stands under a dead
+lease while this process writes. If it is cut off for longer than the lease, the reaper closes its requests as
+`gateway_lost`; when it comes back, its own closes supersede that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice
+from typing import Any, Final, TypeVar
+from uuid import UUID
+
+import asyncpg
+import msgspec
+import structlog
+from asyncpg.pool import PoolConnectionProxy
+
+from tenants import queries
+from tenants.errors import LedgerUnavailable
+from tenants.queries import Attempt, Closing
+from tenants.queries.database import AWAY, Connection, discard, give_back
+from tenants.usage import Outcome, Source, Tokens, UsageClose, UsageOpen
+
+LEASE_S: Final = 10.0
+EXTEND_S: Final = 1.0
+COMMIT_S: Final = 2.0
+"""The longest that one commit may take, and that an open waits before the next failure refuses it."""
+COALESCE_S: Final = 0.002
+BATCH: Final = 500
+OPENS_MAX: Final = 10_000
+BACKLOG_MAX: Final = 50_000
+AUDIT_S: Final = 30.0
+REMEMBER_REFUSED_S: Final = 120.0
+RETRY_S: Final = (0.02, 0.5)
+DETAIL_MAX: Final = 500
+
+_POISON: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, OverflowError, TypeError)
+"""What one row that the database can't take does to its whole batch; tried before `AWAY`."""
+
+T = TypeVar("T")
+log = structlog.get_logger()
+
+
+class _Entry:
+    """One attempt that this gateway answers for."""
+
+    __slots__ = ("close", "closed", "deadline", "durable", "next", "open", "opened", "sent")
+
+    def __init__(self, row: UsageOpen) -> None:
+        self.open = row
+        self.opened: asyncio.Future[None] | None = None
+        self.deadline = 0.0
+        """On the loop's clock: `opened` fails at the first failure after it."""
+        self.sent = False
+        """Its row may be in the database."""
+        self.durable = False
+        """Its row is."""
+        self.close: UsageClose | None = None
+        self.closed: asyncio.Future[None] | None = None
+        self.next: _Entry | None = None
+        """The attempt that the close of this one opens."""
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.open.request_id, self.open.attempt
+
+
+class Ledger:
+    """Makes opens and closes durable; owned by one event loop. `run` does the work, from before the first `open`."""
+
+    def __init__(
+        self,
+        pool: asyncpg.Pool[Any],
+        instance: str,
+        *,
+        kind: str = "gateway",
+        pid: int | None = None,
+        clock: Callable[[], float] = time.time,
+        lease_s: float = LEASE_S,
+        backlog_max: int = BACKLOG_MAX,
+    ) -> None:
+        """`instance` is the UUID of this process; `clock` gives seconds since the epoch. One connection is kept."""
+        self.dropped = 0
+        """Closes that were given up because too many waited."""
+        self._pool = pool
+        self._instance = instance
+        self._kind = kind
+        self._pid = os.getpid() if pid is None else pid
+        self._clock = clock
+        self._lease_s = lease_s
+        self._backlog_max = backlog_max
+        self._live: dict[Attempt, _Entry] = {}
+        self._opens: deque[_Entry] = deque()
+        self._closes: deque[_Entry] = deque()
+        self._refused: dict[Attempt, float] = {}
+        """Refused though the row may be in the database: until when on the loop's clock to remember it."""
+        self._work = asyncio.Event()
+        self._draining = False
+        self._left = asyncio.Event()
+        self._stopped = False
+        self._connection: PoolConnectionProxy[Any] | None = None
+        self._began_at = self._extended_at = self._audit_at = float("-inf")
+        self._away_since: float | None = None
+        self._retry_s = RETRY_S[0]
+
+    @property
+    def backlog(self) -> int:
+        """Closes that wait to be taken."""
+        return len(self._closes)
+
+    @property
+    def available(self) -> bool:
+        """Did the last commit work?"""
+        return self._away_since is None
+
+    def open(self, row: UsageOpen) -> asyncio.Future[None]:
+        """Make an accepted request durable; the future resolves when it is, or fails with `LedgerUnavailable`."""
+        loop = asyncio.get_running_loop()
+        attempt = (row.request_id, row.attempt)
+        entry = self._live.get(attempt)
+        if entry is not None and entry.opened is not None:
+            return entry.opened
+        future = loop.create_future()
+        if self._stopped or (entry is None and len(self._opens) >= OPENS_MAX):
+            _fail(future, LedgerUnavailable("too many requests wait to be recorded"))
+        elif entry is not None and entry.durable:
+            future.set_result(None)
+        else:
+            if entry is None:
+                entry = self._live[attempt] = _Entry(row)
+                self._opens.append(entry)
+            entry.opened = future
+            entry.deadline = loop.time() + COMMIT_S
+            self._work.set()
+        return future
+
+    def close(self, row: UsageClose) -> asyncio.Future[None]:
+        """Record how an attempt ended; the future resolves once it is durable. Never raises, waits for nothing.
+
+        Closing what was refused, or closing again, does nothing. With `final`, `source=None` leaves the tokens to the
+        reaper. The future fails with `LedgerUnavailable` only if the close had to be dropped.
+        """
+        entry = self._live.get((row.request_id, row.attempt))
+        if entry is not None and entry.closed is not None:
+            return entry.closed
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if entry is None:
+            future.set_result(None)
+            return future
+        entry.close, entry.closed = _clean(row), future
+        if not row.final:
+            entry.next = _Entry(msgspec.structs.replace(entry.open, attempt=row.attempt + 1))
+            self._live[entry.next.attempt] = entry.next
+        if entry.durable:
+            self._enqueue_close(entry)
+        return future
+
+    async def run(self) -> None:
+        """Commit until `drain` is through or this is cancelled."""
+        try:
+            while not self._left.is_set():
+                await self._work_arrives()
+                try:
+                    await self._commit()
+                except AWAY as error:
+                    await self._failed(error)
+        finally:
+            self._stop()
+            if self._connection is not None:
+                await give_back(self._pool, self._connection)
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait until all is closed and durable, then take this instance off the list; how many attempts are left?
+
+        What is left at the end of the time stays with the lease, which ends by itself: the reaper closes it.
+        """
+        self._draining = True
+        self._work.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._left.wait()
+        return len(self._live)
+
+    # The task ------------------------------------------------------------------------------------------------------
+
+    async def _work_arrives(self) -> None:
+        """Until there is something to commit or a lease to extend, and 2 ms have passed since the last commit began."""
+        loop = asyncio.get_running_loop()
+        if not (self._opens or self._closes or (self._draining and not self._live)):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._extended_at + EXTEND_S):
+                    await self._work.wait()
+        pause = self._began_at + COALESCE_S - loop.time()
+        await asyncio.sleep(max(pause, 0.0))  # at least a turn of the loop: who comes together goes together
+        self._work.clear()
+        self._began_at = loop.time()
+
+    async def _commit(self) -> None:
+        """One round: lease, opens, closes, now and then the audit. Raises one of `AWAY`."""
+        loop = asyncio.get_running_loop()
+        if self._connection is None:
+            self._connection = await self._pool.acquire(timeout=COMMIT_S)
+        connection = self._connection
+        if loop.time() >= self._extended_at + EXTEND_S:
+            await _bounded(
+                queries.extend_lease(
+                    connection, self._instance, kind=self._kind, pid=self._pid, lease_s=self._lease_s
+                )
+            )
+            self._extended_at = loop.time()
+        if self._opens:
+            await self._commit_opens(connection)
+        if self._closes:
+            await self._commit_closes(connection)
+        if loop.time() >= self._audit_at:
+            await self._audit(connection)
+        if self._draining and not self._live:
+            await self._leave(connection)
+        self._retry_s = RETRY_S[0]
+        if self._away_since is not None:
+            log.info("ledger_back", away_s=round(loop.time() - self._away_since, 3), backlog=len(self._closes))
+            self._away_since = None
+
+    async def _commit_opens(self, connection: Connection) -> None:
+        batch = list(islice(self._opens, BATCH))
+        for entry in batch:
+            entry.sent = True
+
+        async def write(entries: Sequence[_Entry]) -> None:
+            await queries.all_usage_open(connection, [entry.open for entry in entries])
+
+        poison = await _write(batch, write)
+        for entry in batch:
+            self._opens.popleft()
+            if entry in poison:
+                log.error("ledger_open_impossible", request_id=str(entry.open.request_id), error=poison[entry])
+                self._refuse(entry, "this request can't be recorded")
+                continue
+            self._made_durable(entry)
+
+    async def _commit_closes(self, connection: Connection) -> None:
+        batch = list(islice(self._closes, BATCH))
+        settled: set[Attempt] = set()
+
+        async def write_events(entries: Sequence[_Entry]) -> None:
+            settled.update(await queries.all_usage_close(connection, [_closing(entry) for entry in entries]))
+
+        async def write_pending(entries: Sequence[_Entry]) -> None:
+            await queries.all_usage_pending(connection, [_closing(entry) for entry in entries])
+            settled.update(entry.attempt for entry in entries)
+
+        events = [entry for entry in batch if entry.close is not None and entry.close.source is not None]
+        pending = [entry for entry in batch if entry.close is not None and entry.close.source is None]
+        poison = await _write(events, write_events) if events else {}
+        poison |= await _write(pending, write_pending) if pending else {}
+        for entry in batch:
+            self._closes.popleft()
+            if entry in poison:
+                self._drop(entry, poison[entry])
+            elif entry.attempt in settled:
+                self._settled(entry)
+            else:
+                self._closes.append(entry)
+
+    async def _audit(self, connection: Connection) -> None:
+        """Set right what this gateway has open in the database and doesn't answer for."""
+        loop = asyncio.get_running_loop()
+        self._refused = {attempt: until for attempt, until in self._refused.items() if until > loop.time()}
+        rows = await _bounded(queries.all_usage_of_gateway(connection, self._instance))
+        strange = [row for row in rows if (row.request_id, row.attempt) not in self._live]
+        refused = [(row.request_id, row.attempt) for row in strange if (row.request_id, row.attempt) in self._refused]
+        lost = [row for row in strange if (row.request_id, row.attempt) not in self._refused]
+        if refused:
+            await _bounded(queries.all_usage_withdraw(connection, refused))
+        if lost:
+            now = self._clock()
+            await _bounded(queries.all_usage_pending(connection, [Closing(row, _lost(row, now)) for row in lost]))
+            log.warning("ledger_left_to_reaper", requests=[str(row.request_id) for row in lost[:20]], count=len(lost))
+        self._audit_at = loop.time() + AUDIT_S
+
+    async def _leave(self, connection: Connection) -> None:
+        await self._audit(connection)
+        if not self._live and await _bounded(queries.remove_instance(connection, self._instance)):
+            self._left.set()
+
+    async def _failed(self, error: BaseException) -> None:
+        """Cut the connection, refuse opens whose time is over, and wait a little."""
+        now = asyncio.get_running_loop().time()
+        if self._connection is not None:
+            discard(self._connection)
+            self._connection = None
+        if self._away_since is None:
+            self._away_since = now
+            log.warning("ledger_away", error=type(error).__name__, opens=len(self._opens), backlog=len(self._closes))
+        self._audit_at = now
+        for entry in [entry for entry in self._live.values() if entry.opened is not None and entry.deadline <= now]:
+            self._refuse(entry, f"the ledger can't be written just now ({type(error).__name__})")
+        self._opens = deque(entry for entry in self._opens if entry.attempt in self._live)
+        await asyncio.sleep(self._retry_s)
+        self._retry_s = min(2 * self._retry_s, RETRY_S[1])
+
+    # What happens to an entry ----------------------------------------------------------------------------------------
+
+    def _made_durable(self, entry: _Entry) -> None:
+        entry.durable = True
+        if entry.opened is not None:
+            _resolve(entry.opened)
+            entry.opened = None
+        if entry.close is not None:
+            self._enqueue_close(entry)
+
+    def _enqueue_close(self, entry: _Entry) -> None:
+        if len(self._closes) >= self._backlog_max:
+            self._drop(entry, "too many closes wait")
+            return
+        self._closes.append(entry)
+        self._work.set()
+
+    def _settled(self, entry: _Entry) -> None:
+        del self._live[entry.attempt]
+        if entry.closed is not None:
+            _resolve(entry.closed)
+        if entry.next is not None:
+            self._made_durable(entry.next)
+
+    def _refuse(self, entry: _Entry, reason: str) -> None:
+        """Fail a waiting open. A first attempt is forgotten; a later one is part of an accepted request and stays."""
+        if entry.opened is not None:
+            _fail(entry.opened, LedgerUnavailable(reason))
+            entry.opened = None
+        if entry.attempt in self._follow:
+            return
+    

@@ -1,0 +1,49 @@
+"""The ledger's rows and the engine books, read behind the product's back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import asyncpg
+
+from loadtests.bench.stack import Stack
+
+
+def query(stack: Stack, sql: str, *arguments: Any) -> list[dict[str, Any]]:
+    """Rows of the stack's database."""
+
+    async def fetch() -> list[dict[str, Any]]:
+        connection = await asyncpg.connect(f"postgresql://postgres:@/greenroom?host={stack.run_dir}/pg")
+        try:
+            return [dict(row) for row in await connection.fetch(sql, *arguments)]
+        finally:
+            await connection.close()
+
+    return asyncio.run(fetch())
+
+
+def settled(stack: Stack, timeout_s: float = 60.0) -> None:
+    """Return once no request is open in the ledger."""
+    stack.wait_until(lambda: not query(stack, "SELECT 1 FROM usage_open"), "every open row to be closed", timeout_s)
+
+
+def finals(stack: Stack) -> dict[str, dict[str, Any]]:
+    """The final usage event of every request, by id."""
+    rows = query(stack, "SELECT * FROM usage_event WHERE final AND revision = 0")
+    assert len({row["request_id"] for row in rows}) == len(rows), "a request has two final events"
+    return {str(row["request_id"]): row for row in rows}
+
+
+def books(stack: Stack) -> dict[str, dict[str, int]]:
+    """What all engine books say, summed by request id (attempts apart, as `id.2`)."""
+    sums: dict[str, dict[str, int]] = {}
+    for path in (stack.data_dir / "engines").glob("*/book.jsonl"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            total = sums.setdefault(entry["request_id"], {"prompt": 0, "cached": 0, "completion": 0, "lines": 0})
+            for name in ("prompt", "cached", "completion"):
+                total[name] += entry[name]
+            total["lines"] += 1
+    return sums

@@ -1,0 +1,107 @@
+"""Engines come when somebody asks and leave when nobody does."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from loadtests.bench.stack import Stack
+from tests.e2e.chats import Client, at_once
+from tests.e2e.rows import query
+
+
+def test_i6_fifty_first_requests_cause_one_start_and_get_fifty_answers(stack: Stack, cold: Client) -> None:
+    before = _started(stack)
+    replies = at_once(50, [partial(cold.chat, max_tokens=4), partial(cold.chat, max_tokens=4, stream=True)])
+    assert [str(reply) for reply in replies if not reply.good] == []
+    assert len(_started(stack) - before) == 1
+
+
+def test_an_idle_engine_leaves_after_its_timeout_and_the_next_request_wakes_another(stack: Stack, cold: Client) -> None:
+    assert cold.chat("brief").good
+    (engine,) = stack.engines()
+    answered = time.monotonic()
+    stack.wait_until(lambda: not stack.engines(), "the idle engine to be gone", 30)
+    assert time.monotonic() - answered >= 2.0, "evicted before its time-out"
+    assert _processes_of(stack, engine) == []
+    assert _reserved(stack) == 0
+    assert cold.chat("brief").good
+    assert [other["id"] != engine["id"] for other in stack.engines()] == [True]
+
+
+def test_i3_an_engine_is_not_evicted_while_a_request_runs_beyond_the_idle_timeout(stack: Stack, cold: Client) -> None:
+    started = time.monotonic()
+    reply = cold.chat("brief", stream=True, max_tokens=400, ignore_eos=True)
+    took = time.monotonic() - started
+    assert reply.good and reply.completion_tokens == 400, reply
+    assert took > 4.0, "too quick to prove anything: the stream must outlast the time-out of two seconds"
+    states = query(stack, "SELECT DISTINCT state FROM engine_interval WHERE ended_at IS NULL AND state <> 'stopped'")
+    assert {row["state"] for row in states} <= {"ready", "draining", "stopping"}
+
+
+def test_a_provisioned_variant_has_an_engine_without_being_asked(stack: Stack, cold: Client) -> None:
+    variant = {
+        "name": "promised",
+        "model": "smollm2-135m",
+        "scaling": {"provisioned": 2, "idle_timeout_s": 1},
+        "arguments": {"max_model_len": 512},
+    }
+    stack.admin("POST", "/workspaces/acme/variants", variant)
+    try:
+        stack.wait_until(lambda: [e["state"] for e in stack.engines()] == ["ready"], "the promised engine", 60)
+        assert cold.chat("promised").good
+        (row,) = query(stack, "SELECT cold, held_us FROM usage_event WHERE variant = 'promised'")
+        assert (row["cold"], row["held_us"]) == (False, 0)
+    finally:
+        stack.admin("DELETE", "/workspaces/acme/variants/promised")
+    stack.wait_until(lambda: not stack.engines(), "an engine that nobody wants any more to leave", 60)
+
+
+def test_a_stopped_engine_finishes_its_stream_first(stack: Stack, cold: Client) -> None:
+    def stop_soon() -> None:
+        stack.wait_until(lambda: [e["state"] for e in stack.engines()] == ["ready"], "the engine", 60)
+        time.sleep(0.5)
+        stack.stop_engines()
+
+    reply, _ = at_once(2, [partial(cold.chat, stream=True, max_tokens=200, ignore_eos=True), stop_soon])
+    assert reply.good and reply.completion_tokens == 200, reply
+
+
+def test_a_model_that_vllm_can_not_load_fails_clearly_and_does_not_hang(
+    stack: Stack, cold: Client, demo_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in demo_model.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    config = broken / "config.json"
+    config.write_text(config.read_text().replace('"intermediate_size": 1536', '"intermediate_size": 1024'))
+    stack.greenroom("models", "add", "broken", str(broken))
+    stack.admin("POST", "/workspaces/acme/variants", {"name": "broken-bot", "model": "broken"})
+    try:
+        for stream in (False, True):
+            reply = cold.chat("broken-bot", stream=stream)
+            assert (reply.status, reply.body["error"]["code"]) == (503, "model_load_failed"), reply
+            assert 0 < float(reply.headers["retry-after"]) <= 60
+            assert str(stack.data_dir) not in reply.body["error"]["message"]
+        stack.wait_until(lambda: not stack.engines(), "the failed engine to be buried", 60)
+        failed = [e for e in stack.admin("GET", "/engines?stopped=true")["data"] if e["failure"]]
+        assert failed and failed[0]["last_lines"], "an operator sees why"
+        logs = stack.admin("GET", f"/engines/{failed[0]['id']}/logs")["lines"]
+        assert any("Error" in line for line in logs)
+    finally:
+        stack.admin("DELETE", "/workspaces/acme/variants/broken-bot")
+
+
+def _started(stack: Stack) -> set[str]:
+    return {str(row["id"]) for row in query(stack, "SELECT id FROM engine")}
+
+
+def _reserved(stack: Stack) -> int:
+    devices = stack.admin("GET", "/fleet")["devices"]
+    return sum(device["reserved_bytes"] for device in devices)
+
+
+def _processes_of(stack: Stack, engine: dict[str, object]) -> list[str]:
+    return [str(process) for process in stack.processes() if process.session == engine["pid"]]
