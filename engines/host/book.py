@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,13 @@ def base_request_id(external_id: str) -> str:
 
 
 class EngineBook:
-    """An open book. It is written by one process, from one thread."""
+    """An open book. It is written by one process, from one thread.
+
+    An engine whose book can't be written (a full disk) serves on and says so in its log.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._torn = False
         self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, state: Any, reason: str) -> None:
@@ -52,7 +57,17 @@ class EngineBook:
         if getattr(state, "greenroom_entered", False):
             return
         state.greenroom_entered = True
-        os.write(self._fd, json.dumps(entry(state, reason, time.monotonic(), time.time())).encode() + b"\n")
+        line = json.dumps(entry(state, reason, time.monotonic(), time.time())).encode() + b"\n"
+        if self._torn:  # what follows half a line starts a new one
+            line = b"\n" + line
+        try:
+            self._torn = os.write(self._fd, line) < len(line)
+        except OSError as error:
+            print(f"the engine book lacks {state.request_id}: {error}", file=sys.stderr)  # noqa: T201
+
+    def close(self) -> None:
+        """Close it; nothing can be entered any more."""
+        os.close(self._fd)
 
 
 def entry(state: Any, reason: str, monotonic: float, at: float) -> dict[str, Any]:

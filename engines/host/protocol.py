@@ -65,10 +65,20 @@ def start_request(order: StartOrder) -> bytes:
 
 
 def parse_start(message: dict[str, Any]) -> StartOrder:
-    """A `StartOrder` from a decoded message; `ValueError` names what is missing or unknown."""
+    """A `StartOrder` from a decoded message; `ValueError` names what is missing, unknown or of the wrong type."""
     fields = {k: v for k, v in message.items() if k != "op"}
     try:
         order = StartOrder(**fields)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    _check_types(order)
     return StartOrder(**{**asdict(order), "argv": tuple(order.argv)})
+
+
+def _check_types(order: StartOrder) -> None:
+    for name, value in asdict(order).items():
+        kind = {"epoch": int, "threads": int, "argv": (list, tuple), "env": dict}.get(name, str)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is of the wrong type: {type(value).__name__}")
+    if not all(isinstance(text, str) for text in (*order.argv, *order.env.values())):
+        raise ValueError("argv and env hold strings")

@@ -154,12 +154,15 @@ class Server:
     def _answer(self, line: bytes) -> dict[str, Any]:
         try:
             message = decode(line)
-            operation = _OPERATIONS.get(message.get("op"))
+            operation = _OPERATIONS.get(str(message.get("op")))
             if operation is None:
                 return _refusal("bad_request", f"unknown op; one of {', '.join(_OPERATIONS)}")
             return operation(self, message)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return _refusal("bad_request", str(error))
+        except Exception as error:  # (whatever it was, the host must go on)
+            log.exception("a request could not be answered")
+            return _refusal("fork_failed", f"{type(error).__name__}: {error}")
 
     def _hello(self, message: dict[str, Any]) -> dict[str, Any]:
         self._epoch = max(self._epoch, _integer(message, "epoch"))
@@ -201,7 +204,7 @@ class Server:
         return {"ok": True, "status": self._exits.get(str(message.get("engine")))}
 
 
-_OPERATIONS: dict[Any, Callable[[Server, dict[str, Any]], dict[str, Any]]] = {
+_OPERATIONS: dict[str, Callable[[Server, dict[str, Any]], dict[str, Any]]] = {
     "hello": Server._hello,  # noqa: SLF001
     "start": Server._start,  # noqa: SLF001
     "list": Server._list,  # noqa: SLF001
