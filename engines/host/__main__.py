@@ -1,4 +1,34 @@
-"""The engine host: a process of the engine environment that has imported vLLM once and forks engines."""
+"""The engine host: a process of the engine environment that has imported vLLM once and forks engines.
+
+It forks (or spawns), reaps and answers, nothing else, and has one thread. Whatever is known of a running engine is seen
+from outside; so the host may die at any time, engines serve on, and the next host starts new ones.
+
+    __main__  environment   the process, its environment and that of engines
+    server    protocol      requests, children, exit statuses
+    starters  gate          fork or spawn, and why
+    preload   shortcuts     what is done once for all engines
+    fork      process       from a copy of the host to an engine
+    spawn     spawned       an engine without a fork
+    engine    early         vLLM's server, the engine core first
+    hooks     book  phases  what Greenroom adds to it
+    seams                   every function of vLLM that is wrapped or replaced
+    layout    group         an engine's files and processes; for the launcher too
+
+By hand, with a model's folder and any run directory with a short name:
+
+    .venv-engine/bin/python engines/host/__main__.py --socket /tmp/try/host.sock &
+    .venv/bin/python -c '
+    import socket, sys
+    from engines.host.protocol import StartOrder, start_request
+    host = socket.socket(socket.AF_UNIX)
+    host.connect("/tmp/try/host.sock")  # refused until vLLM has been imported, some ten seconds
+    host.sendall(start_request(StartOrder(
+        engine="1", epoch=1, model_path=sys.argv[1], served_name="m", engine_dir="/tmp/try/1", run_dir="/tmp/try/r1",
+        argv=("--max-model-len", "2048", "--kv-cache-memory-bytes", "268435456", "--enforce-eager"))))
+    print(host.recv(4096))' var/models/smollm2-135m
+    curl --unix-socket /tmp/try/r1/s http://e/v1/completions --json '{"model": "m", "prompt": "Once upon a time"}'
+    cat /tmp/try/1/phases.jsonl /tmp/try/1/book.jsonl
+"""
 
 from __future__ import annotations
 
@@ -27,7 +57,7 @@ log = logging.getLogger("greenroom.host")
 
 def main() -> int:
     """Run the host until SIGTERM; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="engine-host", description=__doc__)
+    parser = argparse.ArgumentParser(prog="engine-host", description="Forks engines.")
     parser.add_argument(
         "--socket", type=Path, required=True, help="Unix socket to listen on; its directory is made 0700"
     )

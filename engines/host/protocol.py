@@ -76,9 +76,9 @@ def parse_start(message: dict[str, Any]) -> StartOrder:
 
 
 def _check_types(order: StartOrder) -> None:
+    kinds: dict[str, tuple[type, ...]] = {"epoch": (int,), "threads": (int,), "argv": (list, tuple), "env": (dict,)}
     for name, value in asdict(order).items():
-        kind = {"epoch": int, "threads": int, "argv": (list, tuple), "env": dict}.get(name, str)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kinds.get(name, (str,))) or isinstance(value, bool):
             raise ValueError(f"{name} is of the wrong type: {type(value).__name__}")
     if not all(isinstance(text, str) for text in (*order.argv, *order.env.values())):
         raise ValueError("argv and env hold strings")
