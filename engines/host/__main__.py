@@ -25,7 +25,7 @@ By hand, with a model's folder and any run directory with a short name:
     host.sendall(start_request(StartOrder(
         engine="1", epoch=1, model_path=sys.argv[1], served_name="m", engine_dir="/tmp/try/1", run_dir="/tmp/try/r1",
         argv=("--max-model-len", "2048", "--kv-cache-memory-bytes", "268435456", "--enforce-eager"))))
-    print(host.recv(4096))' var/models/smollm2-135m
+    print(host.recv(4096))' $PWD/var/models/smollm2-135m
     curl --unix-socket /tmp/try/r1/s http://e/v1/completions --json '{"model": "m", "prompt": "Once upon a time"}'
     cat /tmp/try/1/phases.jsonl /tmp/try/1/book.jsonl
 """
