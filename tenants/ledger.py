@@ -30,10 +30,9 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any, Final, TypeVar
-from uuid import UUID
+from typing import Any, Final
 
 import asyncpg
 import msgspec
@@ -41,15 +40,14 @@ import structlog
 from asyncpg.pool import PoolConnectionProxy
 
 from tenants import queries
+from tenants.entries import COMMIT_S, Entry, bounded, clean, fail, lost, resolve, write
 from tenants.errors import LedgerUnavailable
 from tenants.queries import Attempt, Closing
 from tenants.queries.database import AWAY, Connection, discard, give_back
-from tenants.usage import Outcome, Source, Tokens, UsageClose, UsageOpen
+from tenants.usage import UsageClose, UsageOpen
 
 LEASE_S: Final = 10.0
 EXTEND_S: Final = 1.0
-COMMIT_S: Final = 2.0
-"""The longest that one commit may take, and that an open waits before the next failure refuses it."""
 COALESCE_S: Final = 0.002
 BATCH: Final = 500
 OPENS_MAX: Final = 10_000
@@ -57,37 +55,8 @@ BACKLOG_MAX: Final = 50_000
 AUDIT_S: Final = 30.0
 REMEMBER_REFUSED_S: Final = 120.0
 RETRY_S: Final = (0.02, 0.5)
-DETAIL_MAX: Final = 500
 
-_POISON: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, ValueError, OverflowError, TypeError)
-"""What one row that the database can't take does to its whole batch; tried before `AWAY`."""
-
-T = TypeVar("T")
 log = structlog.get_logger()
-
-
-class _Entry:
-    """One attempt that this gateway answers for."""
-
-    __slots__ = ("close", "closed", "deadline", "durable", "next", "open", "opened", "sent")
-
-    def __init__(self, row: UsageOpen) -> None:
-        self.open = row
-        self.opened: asyncio.Future[None] | None = None
-        self.deadline = 0.0
-        """On the loop's clock: `opened` fails at the first failure after it."""
-        self.sent = False
-        """Its row may be in the database."""
-        self.durable = False
-        """Its row is."""
-        self.close: UsageClose | None = None
-        self.closed: asyncio.Future[None] | None = None
-        self.next: _Entry | None = None
-        """The attempt that the close of this one opens."""
-
-    @property
-    def attempt(self) -> Attempt:
-        return self.open.request_id, self.open.attempt
 
 
 class Ledger:
@@ -114,9 +83,9 @@ class Ledger:
         self._clock = clock
         self._lease_s = lease_s
         self._backlog_max = backlog_max
-        self._live: dict[Attempt, _Entry] = {}
-        self._opens: deque[_Entry] = deque()
-        self._closes: deque[_Entry] = deque()
+        self._live: dict[Attempt, Entry] = {}
+        self._opens: deque[Entry] = deque()
+        self._closes: deque[Entry] = deque()
         self._refused: dict[Attempt, float] = {}
         """Refused though the row may be in the database: until when on the loop's clock to remember it."""
         self._work = asyncio.Event()
@@ -147,12 +116,12 @@ class Ledger:
             return entry.opened
         future = loop.create_future()
         if self._stopped or (entry is None and len(self._opens) >= OPENS_MAX):
-            _fail(future, LedgerUnavailable("too many requests wait to be recorded"))
+            fail(future, LedgerUnavailable("too many requests wait to be recorded"))
         elif entry is not None and entry.durable:
             future.set_result(None)
         else:
             if entry is None:
-                entry = self._live[attempt] = _Entry(row)
+                entry = self._live[attempt] = Entry(row)
                 self._opens.append(entry)
             entry.opened = future
             entry.deadline = loop.time() + COMMIT_S
@@ -172,9 +141,9 @@ class Ledger:
         if entry is None:
             future.set_result(None)
             return future
-        entry.close, entry.closed = _clean(row), future
+        entry.close, entry.closed = clean(row), future
         if not row.final:
-            entry.next = _Entry(msgspec.structs.replace(entry.open, attempt=row.attempt + 1))
+            entry.next = Entry(msgspec.structs.replace(entry.open, attempt=row.attempt + 1))
             self._live[entry.next.attempt] = entry.next
         if entry.durable:
             self._enqueue_close(entry)
@@ -227,10 +196,8 @@ class Ledger:
             self._connection = await self._pool.acquire(timeout=COMMIT_S)
         connection = self._connection
         if loop.time() >= self._extended_at + EXTEND_S:
-            await _bounded(
-                queries.extend_lease(
-                    connection, self._instance, kind=self._kind, pid=self._pid, lease_s=self._lease_s
-                )
+            await bounded(
+                queries.extend_lease(connection, self._instance, kind=self._kind, pid=self._pid, lease_s=self._lease_s)
             )
             self._extended_at = loop.time()
         if self._opens:
@@ -251,10 +218,10 @@ class Ledger:
         for entry in batch:
             entry.sent = True
 
-        async def write(entries: Sequence[_Entry]) -> None:
+        async def write_opens(entries: Sequence[Entry]) -> None:
             await queries.all_usage_open(connection, [entry.open for entry in entries])
 
-        poison = await _write(batch, write)
+        poison = await write(batch, write_opens)
         for entry in batch:
             self._opens.popleft()
             if entry in poison:
@@ -267,17 +234,17 @@ class Ledger:
         batch = list(islice(self._closes, BATCH))
         settled: set[Attempt] = set()
 
-        async def write_events(entries: Sequence[_Entry]) -> None:
-            settled.update(await queries.all_usage_close(connection, [_closing(entry) for entry in entries]))
+        async def write_events(entries: Sequence[Entry]) -> None:
+            settled.update(await queries.all_usage_close(connection, [entry.closing for entry in entries]))
 
-        async def write_pending(entries: Sequence[_Entry]) -> None:
-            await queries.all_usage_pending(connection, [_closing(entry) for entry in entries])
+        async def write_pending(entries: Sequence[Entry]) -> None:
+            await queries.all_usage_pending(connection, [entry.closing for entry in entries])
             settled.update(entry.attempt for entry in entries)
 
         events = [entry for entry in batch if entry.close is not None and entry.close.source is not None]
         pending = [entry for entry in batch if entry.close is not None and entry.close.source is None]
-        poison = await _write(events, write_events) if events else {}
-        poison |= await _write(pending, write_pending) if pending else {}
+        poison = await write(events, write_events) if events else {}
+        poison |= await write(pending, write_pending) if pending else {}
         for entry in batch:
             self._closes.popleft()
             if entry in poison:
@@ -291,21 +258,23 @@ class Ledger:
         """Set right what this gateway has open in the database and doesn't answer for."""
         loop = asyncio.get_running_loop()
         self._refused = {attempt: until for attempt, until in self._refused.items() if until > loop.time()}
-        rows = await _bounded(queries.all_usage_of_gateway(connection, self._instance))
+        rows = await bounded(queries.all_usage_of_gateway(connection, self._instance))
         strange = [row for row in rows if (row.request_id, row.attempt) not in self._live]
         refused = [(row.request_id, row.attempt) for row in strange if (row.request_id, row.attempt) in self._refused]
-        lost = [row for row in strange if (row.request_id, row.attempt) not in self._refused]
+        unknown = [row for row in strange if (row.request_id, row.attempt) not in self._refused]
         if refused:
-            await _bounded(queries.all_usage_withdraw(connection, refused))
-        if lost:
+            await bounded(queries.all_usage_withdraw(connection, refused))
+        if unknown:
             now = self._clock()
-            await _bounded(queries.all_usage_pending(connection, [Closing(row, _lost(row, now)) for row in lost]))
-            log.warning("ledger_left_to_reaper", requests=[str(row.request_id) for row in lost[:20]], count=len(lost))
+            await bounded(queries.all_usage_pending(connection, [Closing(row, lost(row, now)) for row in unknown]))
+            log.warning(
+                "ledger_left_to_reaper", requests=[str(row.request_id) for row in unknown[:20]], count=len(unknown)
+            )
         self._audit_at = loop.time() + AUDIT_S
 
     async def _leave(self, connection: Connection) -> None:
         await self._audit(connection)
-        if not self._live and await _bounded(queries.remove_instance(connection, self._instance)):
+        if not self._live and await bounded(queries.remove_instance(connection, self._instance)):
             self._left.set()
 
     async def _failed(self, error: BaseException) -> None:
@@ -326,33 +295,57 @@ class Ledger:
 
     # What happens to an entry ----------------------------------------------------------------------------------------
 
-    def _made_durable(self, entry: _Entry) -> None:
+    def _made_durable(self, entry: Entry) -> None:
         entry.durable = True
         if entry.opened is not None:
-            _resolve(entry.opened)
+            resolve(entry.opened)
             entry.opened = None
         if entry.close is not None:
             self._enqueue_close(entry)
 
-    def _enqueue_close(self, entry: _Entry) -> None:
+    def _enqueue_close(self, entry: Entry) -> None:
         if len(self._closes) >= self._backlog_max:
             self._drop(entry, "too many closes wait")
             return
         self._closes.append(entry)
         self._work.set()
 
-    def _settled(self, entry: _Entry) -> None:
+    def _settled(self, entry: Entry) -> None:
         del self._live[entry.attempt]
         if entry.closed is not None:
-            _resolve(entry.closed)
+            resolve(entry.closed)
         if entry.next is not None:
             self._made_durable(entry.next)
 
-    def _refuse(self, entry: _Entry, reason: str) -> None:
+    def _refuse(self, entry: Entry, reason: str) -> None:
         """Fail a waiting open. A first attempt is forgotten; a later one is part of an accepted request and stays."""
         if entry.opened is not None:
-            _fail(entry.opened, LedgerUnavailable(reason))
+            fail(entry.opened, LedgerUnavailable(reason))
             entry.opened = None
-        if entry.attempt in self._follow:
+        if entry.open.attempt > 1:
             return
-    
+        self._live.pop(entry.attempt, None)
+        if entry.sent:
+            self._refused[entry.attempt] = asyncio.get_running_loop().time() + REMEMBER_REFUSED_S
+        if entry.closed is not None:
+            resolve(entry.closed)
+
+    def _drop(self, entry: Entry, reason: str) -> None:
+        """Give a close up: its open row stays, and the audit leaves it to the reaper."""
+        self.dropped += 1
+        log.error(
+            "ledger_close_dropped", request_id=str(entry.open.request_id), attempt=entry.open.attempt, reason=reason
+        )
+        self._live.pop(entry.attempt, None)
+        if entry.closed is not None:
+            fail(entry.closed, LedgerUnavailable(reason))
+        if entry.next is not None:
+            self._drop(entry.next, reason)
+
+    def _stop(self) -> None:
+        """Nothing is written any more: whoever waits hears of it."""
+        self._stopped = True
+        for entry in self._live.values():
+            for future in (entry.opened, entry.closed):
+                if future is not None:
+                    fail(future, LedgerUnavailable("this gateway's ledger has stopped"))

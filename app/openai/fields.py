@@ -24,7 +24,7 @@ from msgspec import Meta, Raw, Struct
 class Rule(Enum):
     """What becomes of a field."""
 
-    PASS = "pass"
+    PASS = "pass"  # noqa: S105
     SET = "set"
     STRIP = "strip"
     REFUSE = "refuse"
