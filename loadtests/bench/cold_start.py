@@ -73,7 +73,7 @@ class _Stock:
         manifest = next((stack.data_dir / "models").glob("*.json"))
         model = msgspec.json.decode(manifest.read_bytes(), type=Model)
         self._cache = cache
-        self._python = stack.engine_python
+        self._python = stack.settings.engine_python
         self._model = manifest.with_suffix("")
         self._argv = vllm_argv(EngineSpec(model_digest=model.digest), model)
         if not stock.is_byte_compiled(self._python):

@@ -55,8 +55,8 @@ def run(model: Path, *, runs: int, quick: bool) -> dict[str, Any]:
     line = line_of(idle, loaded, engines=len(engines))
     print(
         f"An engine costs {line['engine_cost_mib']} MiB (the system's PSS with engines − without, per engine). "
-        f"Its processes have {line['engine_rss_mib']} MiB resident: {line['engine_private_mib']} MiB each their own, "
-        f"{line['engine_shared_mib']} MiB shared with the engine host, the other engine or each other."
+        f"Its processes have {line['engine_rss_mib']} MiB resident, {line['engine_private_mib']} MiB of it their own; "
+        f"{line['engine_shared_mib']} MiB are shared with the engine host, the other engine or each other."
     )
     return line
 
@@ -77,8 +77,8 @@ def line_of(idle: dict[str, Share], loaded: dict[str, Share], *, engines: int) -
     engine = loaded.get(ENGINE, Share())
     extra = _total(loaded).memory.pss - _total(idle).memory.pss
     return {
-        "idle": _row(_total(idle)),
-        "loaded": _row(_total(loaded)),
+        "idle": _sum(_total(idle)),
+        "loaded": _sum(_total(loaded)),
         "idle_roles": {role: _row(share) for role, share in sorted(idle.items())},
         "loaded_roles": {role: _row(share) for role, share in sorted(loaded.items())},
         "engines": engines,
@@ -106,6 +106,11 @@ def _row(share: Share) -> dict[str, int]:
     }
 
 
+def _sum(share: Share) -> dict[str, int]:
+    """What may be added up over processes that share pages."""
+    return {name: value for name, value in _row(share).items() if name in {"processes", "pss_mib", "private_mib"}}
+
+
 def _mib(size: float) -> int:
     return round(size / MIB)
 
@@ -114,9 +119,7 @@ def _table(title: str, shares: dict[str, Share]) -> str:
     columns = ("processes", "rss_mib", "pss_mib", "shared_mib", "private_mib")
     lines = ["".join([f"{title + ', MiB':<24}", *(f"{column.removesuffix('_mib'):>11}" for column in columns)])]
     for role, share in [*sorted(shares.items(), key=lambda item: -item[1].memory.pss), ("in all", _total(shares))]:
-        row = _row(share)
-        # Resident and shared pages are counted in every process: their sums mean nothing.
-        skip = {"rss_mib", "shared_mib"} if role == "in all" else set()
-        cells = ("" if column in skip else str(row[column]) for column in columns)
+        row = _sum(share) if role == "in all" else _row(share)
+        cells = (str(row.get(column, "")) for column in columns)
         lines.append("".join([f"  {role:<22}", *(f"{cell:>11}" for cell in cells)]))
     return "\n".join(lines)

@@ -33,7 +33,7 @@ class Process:
     def role(self) -> str:
         """What it is to Greenroom: `up`, `postgres`, `valkey`, `engine host`, `control`, `gateway`, or `other`.
 
-        An engine that was forked has the command line of its host; the admin API knows which pids are engines.
+        And `engine`, for each of an engine's processes; the admin API knows which of them are leaders.
         """
         text = " ".join(self.command)
         program = Path(self.command[0]).name if self.command else ""
@@ -41,9 +41,9 @@ class Process:
             return "postgres"
         if program.startswith("valkey"):
             return "valkey"
-        if "engines/host/__main__.py" in text:
+        if "engines/host/__main__.py" in text or text.startswith("greenroom: engine-host"):
             return "engine host"
-        if "vllm" in text.lower():
+        if text.startswith("greenroom: engine") or "spawned.py" in text or "vllm" in text.lower():
             return "engine"
         return next((word for word in ("gateway", "control", "up") if word in self.command), "other")
 

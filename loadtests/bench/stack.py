@@ -32,7 +32,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from app import settings
+from app import readiness
+from app.settings import Settings, load
 from loadtests.bench import ports, processes
 from loadtests.bench.processes import Process
 
@@ -141,16 +142,19 @@ class Stack:
         return (self.data_dir / "admin-key").read_text().strip()
 
     @property
-    def engine_python(self) -> Path:
-        """Interpreter of the engine environment that it uses."""
-        return settings.load(self.env).engine_python
+    def settings(self) -> Settings:
+        """What its processes read from their environment."""
+        return load(self.env)
 
     def operator_url(self, gateway: int = 0) -> str:
         """Operators' base address of the n-th gateway."""
         return f"http://127.0.0.1:{self.operator_port + gateway}"
 
     def start(self) -> Self:
-        """Start the supervisor and return once every gateway says that it is ready. `StackFailed` if that fails."""
+        """Start the supervisor; returns once every gateway is ready and the engine host has imported vLLM.
+
+        Raises `StackFailed`, and then nothing is running.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         self._shared_memory = processes.shared_memory()
         self.exit_code = None
@@ -165,7 +169,7 @@ class Stack:
                 start_new_session=True,
             )
         try:
-            self.wait_until(self._ready, "the gateways to be ready", self._start_timeout_s)
+            self.wait_until(self._ready, "the gateways and the engine host to be ready", self._start_timeout_s)
         except BaseException as error:
             left = self.stop()
             if left:
@@ -312,7 +316,7 @@ class Stack:
                 return False
             if status != 200:
                 return False
-        return True
+        return self.settings.engine.launcher != "local" or readiness.host(self.settings.host_socket) is not None
 
     def _leftovers(self, late_s: float | None) -> Leftovers:
         """Look until nothing is left, for `settle_s` at most."""

@@ -125,7 +125,8 @@ def test_the_memory_line_adds_up_only_what_may_be_added() -> None:
     idle = {"gateway": Share(1, Memory(90 * mib, 80 * mib, 20 * mib, 70 * mib))}
     loaded = idle | {memory.ENGINE: Share(4, Memory(4000 * mib, 2400 * mib, 1800 * mib, 2200 * mib))}
     line = memory.line_of(idle, loaded, engines=2)
-    assert line["idle"] == {"processes": 1, "rss_mib": 90, "pss_mib": 80, "shared_mib": 20, "private_mib": 70}
+    assert line["idle"] == {"processes": 1, "pss_mib": 80, "private_mib": 70}
+    assert line["idle_roles"]["gateway"] == line["idle"] | {"rss_mib": 90, "shared_mib": 20}
     assert line["loaded"]["processes"] == 5
     assert (line["engine_cost_mib"], line["engine_rss_mib"], line["engine_pss_mib"]) == (1200, 2000, 1200)
     assert (line["engine_shared_mib"], line["engine_private_mib"]) == (900, 1100)

@@ -55,6 +55,7 @@ def make_stack(tmp_path: Path, fault: str = "none", *, gateways: int = 1, stop_t
     return Stack(
         gateways=gateways,
         directory=tmp_path / "a stack",
+        env={"GREENROOM_ENGINE__LAUNCHER": "memory"},
         up=[sys.executable, str(program), fault],
         stop_timeout_s=stop_timeout_s,
         settle_s=0.3,
