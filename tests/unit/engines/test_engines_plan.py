@@ -216,6 +216,18 @@ def test_of_two_engines_the_one_that_is_not_needed_makes_room() -> None:
     assert found.actions == (Drain(TWO, Reason.PRESSURE),)
 
 
+def test_i3_a_promise_that_is_not_yet_kept_in_full_is_not_broken_further() -> None:
+    promised = variant("a", provisioned=33)
+    found = plan(
+        engine(1, promised),
+        engine(2, promised),
+        variants=[promised, B],
+        reports=[waiting(B)],
+        devices=(device(2 * GB),),
+    )
+    assert found.actions == ()
+
+
 def test_nobody_leaves_for_what_would_not_fit_anyway() -> None:
     found = plan(engine(1, A), reports=[waiting(B)], size=2 * GB, devices=(device(GB),))
     assert found.actions == ()
