@@ -10,7 +10,7 @@ NOT_LOADED: Final = "the model could not be loaded"
 
 _HINTS: Final = (
     (
-        re.compile(r"out of memory|cannot allocate memory|MemoryError|bad_alloc|SIGKILL|signal 9\b", re.IGNORECASE),
+        re.compile(r"out of memory|cannot allocate memory|MemoryError|bad_alloc", re.IGNORECASE),
         "the engine ran out of memory while loading the model",
     ),
     (
@@ -21,8 +21,10 @@ _HINTS: Final = (
         re.compile(r"SafetensorError|Error while deserializing|HeaderTooLarge"),
         "the model's weights could not be read",
     ),
-    (re.compile(r"no progress", re.IGNORECASE), "the engine made no progress while starting"),
-    (re.compile(r"engine host", re.IGNORECASE), "the engine host did not answer"),
+    (re.compile(r"no progress"), "the engine made no progress while starting"),
+    (re.compile(r"killed by SIGKILL"), "the engine was killed while loading the model; memory may be short"),
+    (re.compile(r"not in the model store"), "the model's files are missing"),
+    (re.compile(r"engine host"), "the engine host could not start an engine"),
 )
 
 

@@ -11,7 +11,11 @@ from engines import failures
     ("reason", "lines", "hint"),
     [
         ("exit status 1", (), "the model could not be loaded"),
-        ("killed by SIGKILL", (), "the engine ran out of memory while loading the model"),
+        ("killed by SIGKILL", (), "the engine was killed while loading the model; memory may be short"),
+        ("killed by SIGKILL", ("MemoryError",), "the engine was killed while loading the model; memory may be short"),
+        ("the engine host at /run/host.sock is away: gone; waited 60 s for it", (),
+         "the engine host could not start an engine"),
+        ("the files of model m are not in the model store: /x is no folder", (), "the model's files are missing"),
         ("exit status 1", ("RuntimeError: DefaultCPUAllocator: can't allocate memory: cannot allocate memory",),
          "the engine ran out of memory while loading the model"),
         ("exit status 1", ("ValueError: … GiB KV cache is needed, which is larger than the available KV cache memory",),

@@ -124,7 +124,9 @@ def test_a_start_that_gets_no_process_ends_at_once_with_its_reason() -> None:
     (over,) = made.start_failed(ONE, "the engine host is away", 10.2, last_lines=("no",))
     assert steps(over) == [(S.PLACED, S.STOPPED)]
     assert (over.after.failure, over.last_lines) == ("the engine host is away", ("no",))
-    assert made.history(POOL).failure == PoolFailure(reason="the engine host did not answer", failures=1, retry_at=12.2)
+    assert made.history(POOL).failure == PoolFailure(
+        reason="the engine host could not start an engine", failures=1, retry_at=12.2
+    )
 
 
 def test_i4_the_memory_of_a_failed_engine_is_given_out_only_after_it_is_gone() -> None:
