@@ -1,7 +1,7 @@
 """Streamed chats against a gateway, paced by arrivals, measured token by token.
 
     LOADTEST_KEY=gr-… locust -f loadtests/locustfile.py --headless --host http://127.0.0.1:8000 \\
-        --variant smollm2 --rate 2 --users 32 --spawn-rate 32 --run-time 60s --stop-timeout 60 \\
+        --variant smollm2 --rate 1 --users 32 --spawn-rate 32 --run-time 60s --stop-timeout 60 \\
         --html var/load.html --json-file var/load --report var/load-tokens.json
 
 Rows in Locust's statistics, one for each measurement, all named after the variant, in milliseconds:
