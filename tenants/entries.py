@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
+from uuid import UUID
 
 import asyncpg
 import msgspec
 
 from tenants.queries import Attempt, Closing
-from tenants.usage import Outcome, Tokens, UsageClose, UsageOpen
+from tenants.usage import Outcome, Source, Tokens, UsageClose, UsageOpen
 
 COMMIT_S: Final = 2.0
 """The longest that one commit may take, and that an open waits before the next failure refuses it."""
@@ -20,15 +21,18 @@ _POISON: Final = (asyncpg.DataError, asyncpg.IntegrityConstraintViolationError, 
 """What one row that the database can't take does to its whole batch; tried before `AWAY`."""
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Entry:
     """One attempt that this gateway answers for."""
 
-    __slots__ = ("close", "closed", "deadline", "durable", "next", "open", "opened", "sent")
+    __slots__ = ("close", "closed", "deadline", "durable", "follows", "next", "open", "opened", "sent")
 
-    def __init__(self, row: UsageOpen) -> None:
+    def __init__(self, row: UsageOpen, *, follows: bool = False) -> None:
         self.open = row
+        self.follows = follows
+        """It is part of a request that was accepted: the close of the attempt before writes its row."""
         self.opened: asyncio.Future[None] | None = None
         self.deadline = 0.0
         """On the loop's clock: `opened` fails at the first failure after it."""
@@ -55,10 +59,19 @@ class Entry:
 
 
 def clean(row: UsageClose) -> UsageClose:
-    """The same with a detail of bounded length."""
-    if row.detail is None or len(row.detail) <= DETAIL_MAX:
-        return row
-    return msgspec.structs.replace(row, detail=row.detail[:DETAIL_MAX])
+    """The same as the database can take it, so that one close doesn't spoil those beside it.
+
+    `detail` has bounded length, no NUL and no half characters; an `engine` that is no UUID is left out. An attempt that
+    isn't final costs nothing, so its tokens, if unknown, aren't waited for.
+    """
+    changes: dict[str, Any] = {}
+    if row.detail is not None:
+        changes["detail"] = row.detail[:DETAIL_MAX].replace("\0", "").encode(errors="replace").decode()
+    if row.engine is not None and not _is_uuid(row.engine):
+        changes["engine"] = None
+    if row.source is None and not row.final:
+        changes |= {"source": Source.NONE, "tokens": Tokens()}
+    return msgspec.structs.replace(row, **changes) if changes else row
 
 
 def lost(row: UsageOpen, now: float) -> UsageClose:
@@ -71,7 +84,7 @@ def lost(row: UsageOpen, now: float) -> UsageClose:
         source=None,
         tokens=Tokens(),
         ended_at=now,
-        duration_us=max(0, int((now - row.received_at) * 1e6)),
+        duration_us=max(0, round((now - row.received_at) * 1e6)),
         detail="the gateway could not keep how it ended",
     )
 
@@ -82,18 +95,15 @@ async def bounded(statement: Awaitable[T]) -> T:
         return await statement
 
 
-async def write(batch: Sequence[Entry], statement: Callable[[Sequence[Entry]], Awaitable[None]]) -> dict[Entry, str]:
-    """Write a batch; if a row spoils it, each by itself. Returns what the database will never take, and why."""
+async def write(batch: Sequence[R], statement: Callable[[Sequence[R]], Awaitable[None]]) -> dict[R, str]:
+    """Write a batch in one statement; if a row spoils it, by halves. Returns what will never be taken, and why."""
     try:
         await bounded(statement(batch))
-    except _POISON:
-        poison: dict[Entry, str] = {}
-        for entry in batch:
-            try:
-                await bounded(statement([entry]))
-            except _POISON as error:
-                poison[entry] = type(error).__name__
-        return poison
+    except _POISON as error:
+        if len(batch) == 1:
+            return {batch[0]: type(error).__name__}
+        half = len(batch) // 2
+        return await write(batch[:half], statement) | await write(batch[half:], statement)
     return {}
 
 
@@ -108,3 +118,11 @@ def fail(future: asyncio.Future[None], error: Exception) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        UUID(text)
+    except ValueError:
+        return False
+    return True

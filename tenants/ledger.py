@@ -141,9 +141,12 @@ class Ledger:
         if entry is None:
             future.set_result(None)
             return future
+        if self._stopped:
+            fail(future, LedgerUnavailable("this gateway's ledger has stopped"))
+            return future
         entry.close, entry.closed = clean(row), future
         if not row.final:
-            entry.next = Entry(msgspec.structs.replace(entry.open, attempt=row.attempt + 1))
+            entry.next = Entry(msgspec.structs.replace(entry.open, attempt=row.attempt + 1), follows=True)
             self._live[entry.next.attempt] = entry.next
         if entry.durable:
             self._enqueue_close(entry)
@@ -304,7 +307,9 @@ class Ledger:
             self._enqueue_close(entry)
 
     def _enqueue_close(self, entry: Entry) -> None:
-        if len(self._closes) >= self._backlog_max:
+        if (
+            len(self._closes) >= self._backlog_max and entry.next is None
+        ):  # what opens the next attempt is never dropped
             self._drop(entry, "too many closes wait")
             return
         self._closes.append(entry)
@@ -318,29 +323,37 @@ class Ledger:
             self._made_durable(entry.next)
 
     def _refuse(self, entry: Entry, reason: str) -> None:
-        """Fail a waiting open. A first attempt is forgotten; a later one is part of an accepted request and stays."""
+        """Fail a waiting open. The request is forgotten, unless it was accepted before: then it can still be closed."""
         if entry.opened is not None:
             fail(entry.opened, LedgerUnavailable(reason))
             entry.opened = None
-        if entry.open.attempt > 1:
+        if entry.follows:
             return
-        self._live.pop(entry.attempt, None)
         if entry.sent:
             self._refused[entry.attempt] = asyncio.get_running_loop().time() + REMEMBER_REFUSED_S
-        if entry.closed is not None:
-            resolve(entry.closed)
+        self._forget(entry, reason)
 
     def _drop(self, entry: Entry, reason: str) -> None:
         """Give a close up: its open row stays, and the audit leaves it to the reaper."""
         self.dropped += 1
+        self._audit_at = float("-inf")
         log.error(
             "ledger_close_dropped", request_id=str(entry.open.request_id), attempt=entry.open.attempt, reason=reason
         )
-        self._live.pop(entry.attempt, None)
         if entry.closed is not None:
             fail(entry.closed, LedgerUnavailable(reason))
-        if entry.next is not None:
-            self._drop(entry.next, reason)
+        self._forget(entry, reason)
+
+    def _forget(self, entry: Entry, reason: str) -> None:
+        """Answer no more for an attempt and those that would follow it: there is nothing to open or close."""
+        following: Entry | None = entry
+        while following is not None:
+            self._live.pop(following.attempt, None)
+            if following.opened is not None:
+                fail(following.opened, LedgerUnavailable(reason))
+            if following.closed is not None:
+                resolve(following.closed)
+            following = following.next
 
     def _stop(self) -> None:
         """Nothing is written any more: whoever waits hears of it."""

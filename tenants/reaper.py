@@ -14,7 +14,7 @@ harm: a row is locked while it is closed.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import asyncpg
@@ -22,6 +22,7 @@ import msgspec
 import structlog
 
 from tenants import queries
+from tenants.entries import clean, write
 from tenants.queries import Attempt, Closing, LeftOpen
 from tenants.queries.database import Connection, within
 from tenants.usage import BookTotals, Outcome, RequestId, Source, Tokens, UsageClose
@@ -37,6 +38,8 @@ SWEEP_S: Final = 30.0
 
 Find = Callable[[RequestId, int, float], Awaitable[BookTotals | None]]
 """Looks a request's attempt up in the engine books; the last argument is when it was received."""
+
+_Due = tuple[LeftOpen, UsageClose]
 
 log = structlog.get_logger()
 
@@ -67,29 +70,39 @@ class Reaper:
         return await within(self._pool, SWEEP_S, read)
 
     async def _close(self, page: tuple[LeftOpen, ...], now: float) -> int:
-        found = [(row, await self._find(row.open.request_id, row.open.attempt, row.open.received_at)) for row in page]
-        due = [(row, closing) for row, totals in found if (closing := closing_of(row, totals, now)) is not None]
-        if not due:
-            return 0
+        due = [due for row in page if (due := await self._due(row, now)) is not None]
+        closed: set[Attempt] = set()
 
-        async def write(connection: Connection) -> set[Attempt]:
-            async with connection.transaction():
-                ours = await queries.all_usage_lock(connection, [row for row, _ in due], grace_s=SILENT_S)
-                closings = [Closing(row.open, closing) for row, closing in due if _attempt(row) in ours]
-                return await queries.all_usage_close(connection, closings) if closings else set()
+        async def close(rows: Sequence[_Due]) -> None:
+            closed.update(await within(self._pool, SWEEP_S, lambda connection: _close(connection, rows)))
 
-        settled = await within(self._pool, SWEEP_S, write)
+        poison = await write(due, close) if due else {}
         for row, closing in due:
-            if _attempt(row) in settled:
-                log.info(
-                    "request_reaped",
-                    request_id=str(row.open.request_id),
-                    attempt=row.open.attempt,
-                    workspace=row.open.workspace,
-                    outcome=closing.outcome,
-                    source=closing.source,
-                )
-        return len(settled)
+            facts = {"request_id": str(closing.request_id), "attempt": closing.attempt, "workspace": row.open.workspace}
+            if (row, closing) in poison:
+                log.error("reaping_impossible", error=poison[row, closing], **facts)
+            elif (closing.request_id, closing.attempt) in closed:
+                log.info("request_reaped", outcome=closing.outcome, source=closing.source, **facts)
+        return len(closed)
+
+    async def _due(self, row: LeftOpen, now: float) -> _Due | None:
+        """A row and how to close it. One whose book can't be read waits until it can: a guess would be for good."""
+        request = row.open
+        try:
+            totals = await self._find(request.request_id, request.attempt, request.received_at)
+        except OSError as error:
+            log.error("book_unreadable", request_id=str(request.request_id), error=str(error))
+            return None
+        closing = closing_of(row, totals, now)
+        return None if closing is None else (row, clean(closing))
+
+
+async def _close(connection: Connection, due: Sequence[_Due]) -> set[Attempt]:
+    """Close those rows that are still as they were read; the others are another closer's."""
+    async with connection.transaction():
+        ours = await queries.all_usage_lock(connection, [row for row, _ in due], grace_s=SILENT_S)
+        closings = [Closing(row.open, closing) for row, closing in due if (closing.request_id, closing.attempt) in ours]
+        return await queries.all_usage_close(connection, closings) if closings else set()
 
 
 def closing_of(row: LeftOpen, totals: BookTotals | None, now: float) -> UsageClose | None:
@@ -121,7 +134,3 @@ def _lost(row: LeftOpen, totals: BookTotals | None, now: float) -> UsageClose:
 def _with(close: UsageClose, tokens: Tokens, source: Source, engine: str | None, note: str | None) -> UsageClose:
     detail = "; ".join(part for part in (close.detail, note) if part) or None
     return msgspec.structs.replace(close, source=source, tokens=tokens, engine=engine, detail=detail)
-
-
-def _attempt(row: LeftOpen) -> Attempt:
-    return row.open.request_id, row.open.attempt

@@ -14,7 +14,13 @@ Connection: TypeAlias = "asyncpg.Connection[Any] | PoolConnectionProxy[Any]"
 Database: TypeAlias = "Connection | asyncpg.Pool[Any]"
 T = TypeVar("T")
 
-AWAY: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+AWAY: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # the server's last word came before the statement, the end of the connection after it
+)
 """What a statement raises that can't be run now: no server, no answer in time, a server that refuses."""
 
 _RELEASE_S: Final = 1.0
