@@ -114,7 +114,8 @@ def closing_of(row: LeftOpen, totals: BookTotals | None, now: float) -> UsageClo
     said = row.pending or _lost(row, totals, now)
     if totals is None:
         return _with(said, Tokens(), Source.NONE, said.engine, "no engine book has it")
-    return _with(said, totals.tokens, Source.BOOK, totals.engine, None if complete else "sequences are missing")
+    note = None if complete else f"the book has {totals.lines} of {row.open.sequences} sequences"
+    return _with(said, totals.tokens, Source.BOOK, totals.engine, note)
 
 
 def _lost(row: LeftOpen, totals: BookTotals | None, now: float) -> UsageClose:
@@ -127,7 +128,7 @@ def _lost(row: LeftOpen, totals: BookTotals | None, now: float) -> UsageClose:
         source=None,
         tokens=Tokens(),
         ended_at=ended_at,
-        duration_us=int((ended_at - row.open.received_at) * 1e6),
+        duration_us=round((ended_at - row.open.received_at) * 1e6),
     )
 
 

@@ -8,6 +8,7 @@ which would be left waiting, makes tokenizer, renderer and application. Saves 0.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,6 @@ from typing import Any
 
 from engines.host import seams
 
-_LOCAL = "ipc://"
-
 
 class EarlyCore:
     """An EngineCore that has been forked and is loading; to be made before the event loop runs."""
@@ -25,14 +24,16 @@ class EarlyCore:
     def __init__(self, config: Any) -> None:
         engine: Any = import_module("vllm.v1.engine.utils")
         executor: Any = import_module("vllm.v1.executor").Executor
-        bind = engine.get_engine_zmq_bind_addresses(config)
-        addresses = engine.EngineZmqAddresses(inputs=[bind.inputs[0]], outputs=[bind.outputs[0]])
-        if not all(address.startswith(_LOCAL) for address in (*addresses.inputs, *addresses.outputs)):
-            raise ValueError("the addresses of an EngineCore on another machine aren't known in advance")
-        self._bind = bind
-        self._addresses = addresses
+        # Bound beforehand, so that EngineCore never finds nobody listening: ZMQ would try again after 0.1 s.
+        listeners = engine.bind_engine_zmq_listeners(config)
+        self._listeners = {each.address: each.socket for each in (*listeners.inputs, *listeners.outputs)}
+        for listener in self._listeners.values():
+            os.register_at_fork(after_in_child=listener.close)
+        self._addresses = engine.EngineZmqAddresses(
+            inputs=[each.address for each in listeners.inputs], outputs=[each.address for each in listeners.outputs]
+        )
         self._error: BaseException | None = None
-        self._startup = engine.launch_core_engines(config, executor.get_class(config), True, addresses)
+        self._startup = engine.launch_core_engines(config, executor.get_class(config), True, self._addresses)
         self._launch = self._startup.__enter__()  # forks
         self._thread = threading.Thread(target=self._converse, name="core-startup", daemon=True)
         self._thread.start()
@@ -50,7 +51,14 @@ class EarlyCore:
                 raise self._error
 
         client = "vllm.v1.engine.core_client"
-        seams.replace((client, "get_engine_zmq_bind_addresses"), lambda _config: self._bind)
+        make_zmq_socket = seams.find((client, "make_zmq_socket"))
+
+        def adopt_listener(context: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+            listener = self._listeners.pop(path, None)
+            return make_zmq_socket(context, path, *args, **kwargs, **({"listener": listener} if listener else {}))
+
+        seams.replace((client, "make_zmq_socket"), adopt_listener)
+        seams.replace((client, "get_engine_zmq_bind_addresses"), lambda _config: self._addresses)
         seams.replace((client, "launch_core_engines"), launch_core_engines)
         # vLLM calls this when EngineCore has been started, for just such work: its own has to do with images.
         seams.after((client, "MPClient._start_mm_warmup"), lambda client: meanwhile(client._renderer))  # noqa: SLF001

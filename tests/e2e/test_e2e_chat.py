@@ -40,7 +40,7 @@ def test_usage_comes_with_a_stream_only_when_asked_for(client: Client) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "code", "param"),
     [
-        (b"{", 400, "invalid_json", None),
+        (b"{", 400, None, None),
         (b'{"model": "bot"}', 400, None, "messages"),
         ({"model": "bot", "messages": "hi"}, 400, None, "messages"),
         ({"model": 7, "messages": []}, 400, None, "model"),
