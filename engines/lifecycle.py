@@ -51,7 +51,7 @@ HAS_PROCESS: Final = frozenset({_S.STARTING, _S.READY, _S.ASLEEP, _S.WAKING, _S.
 
 
 def transition(engine: Engine, to: EngineState, now: float) -> Engine:
-    """Return the engine in its new state, entered at `now`; `TransitionRefused` if the table doesn't have the change."""
+    """Return the engine in its new state, entered at `now`; `TransitionRefused` if the table lacks the change."""
     if to not in TABLE[engine.state]:
         raise TransitionRefused(f"engine {engine.id} is {engine.state} and can't become {to}")
     return msgspec.structs.replace(engine, state=to, since=now)

@@ -33,7 +33,7 @@ NonNegativeInt = Annotated[int, Meta(ge=0)]
 class RuntimeArguments(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What an operator may set of vLLM, as typed fields; there is no free text (`--trust-remote-code` can't be said).
 
-    The defaults favour a quick start over peak throughput: an explicit KV size skips vLLM's memory profiling, eager mode
+    The defaults favour a quick start over peak throughput: an explicit KV size skips memory profiling, eager mode
     skips compilation, and few batched tokens shorten the warm-up.
     """
 

@@ -50,7 +50,7 @@ class Launcher(Protocol):
         ...
 
     async def start(self, engine: Engine, model: Model) -> Started:
-        """Fork a process for a placed engine; returns once it exists. `LaunchFailed` (or `LaunchRefused`) if it can't."""
+        """Fork a process for a placed engine; returns once it exists. `LaunchFailed` or `LaunchRefused` if not."""
         ...
 
     async def adopt(self, engines: Sequence[Engine]) -> tuple[EngineId, ...]:
