@@ -1,7 +1,7 @@
 """Words of the hosting side as frozen structs: models, variants, engine specs, engines, devices, the fleet, demand.
 
 Pure data: no I/O, no clock. Times are seconds since the epoch (`float`) unless a name says otherwise; memory is bytes;
-durations in names carry their unit (`_s`, `_us`). `workspace` is an opaque name here; what it may do is `tenants`' business.
+durations in names carry their unit (`_s`, `_us`). `workspace` is an opaque name; what one may do is `tenants`' matter.
 """
 
 from __future__ import annotations

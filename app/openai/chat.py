@@ -54,7 +54,8 @@ def _check_parts(content: Raw, name: str) -> None:
         if isinstance(part, str):
             continue
         where = f"{name}[{number}]"
-        named = {*part, part.get("type")}
+        kind = part.get("type")
+        named = {*part, kind} if isinstance(kind, str) else part.keys()
         for key in _TENSORS:
             if key in named:
                 raise RequestInvalid(f"`{where}`: `{key}` is not taken from callers", where)

@@ -116,7 +116,7 @@ def test_a_refused_field_is_named(field: bytes) -> None:
         (b'"n":0', "n"),
         (b'"n":true', "n"),
         (b'"max_tokens":1.5', "max_tokens"),
-        (b'"stop":[1]', "stop[...]"),
+        (b'"stop":[1]', "stop[0]"),
         (b'"stream":"yes"', "stream"),
         (b'"stream_options":{"include_usage":3}', "stream_options.include_usage"),
         (b'"tools":{}', "tools"),
@@ -162,11 +162,11 @@ def test_a_field_that_comes_twice_is_refused_however_it_is_spelt() -> None:
         (b'{"model":"bot","messages":[]}', "messages"),
         (b'{"model":"bot","messages":"hi"}', "messages"),
         (b'{"model":"bot","messages":[{"content":"hi"}]}', "messages[0]"),
-        (b'{"model":"bot","messages":[{"role":1}]}', "messages[...].role"),
+        (b'{"model":"bot","messages":[{"role":1}]}', "messages[0].role"),
     ],
 )
 def test_what_a_chat_needs_is_named_when_it_is_missing(raw: bytes, param: str) -> None:
-    assert refused(raw)[0] in {param, "model"}
+    assert refused(raw)[0] == param
 
 
 @pytest.mark.parametrize(
@@ -181,6 +181,7 @@ def test_what_a_chat_needs_is_named_when_it_is_missing(raw: bytes, param: str) -
         {"type": "input_image", "image_url": "https://example.com"},
         {"type": "image_embeds", "image_embeds": "AAAA"},
         {"type": "prompt_embeds", "data": "AAAA"},
+        {"type": ["image_url"], "image_url": "https://example.com/x.png"},
     ],
 )
 def test_remote_media_and_tensors_are_refused_wherever_they_stand(part: dict[str, Any]) -> None:
