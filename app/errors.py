@@ -39,6 +39,8 @@ from tenants.usage import Outcome
 INVALID: Final = "invalid_request_error"
 SERVER: Final = "server_error"
 NAMES_SHOWN: Final = 20
+PASSED_ON: Final = frozenset({400, 413, 422})
+"""What an engine may answer for a fault of the caller's; anything else is the engine's fault or ours."""
 
 
 class GatewayError(Exception):
@@ -90,7 +92,7 @@ class EngineRefused(GatewayError):
     def __init__(self, error: EngineError) -> None:
         super().__init__(error.message)
         self.param = error.param
-        self.status = HTTPStatus(error.status)
+        self.status = HTTPStatus(error.status) if error.status in PASSED_ON else HTTPStatus.BAD_REQUEST
 
 
 class EngineFailed(GatewayError):
@@ -175,6 +177,11 @@ def row(error: Exception) -> Row:
     return next((TABLE[kind] for kind in type(error).__mro__ if kind in TABLE), _BUG)
 
 
+def is_bug(error: Exception) -> bool:
+    """Nobody thought of it: it belongs in the log with its stack."""
+    return row(error) is _BUG
+
+
 def answer(error: Exception) -> Answer:
     """The response for an error that comes before anything was sent."""
     line = row(error)
@@ -186,6 +193,8 @@ def answer(error: Exception) -> Answer:
         headers.append((b"x-should-retry", b"true"))
     if line.status is HTTPStatus.UNAUTHORIZED:
         headers.append((b"www-authenticate", b"Bearer"))
+    if line.code == "shutting_down":
+        headers.append((b"connection", b"close"))  # the next connection may reach another gateway
     if isinstance(error, HTTPException):
         headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     body = _body(error, line)

@@ -116,7 +116,7 @@ async def _gateway(settings: Settings, fd: int | None, index: int) -> None:
             for work in (notifications.run(), view.run(), parts.catalog.run(), parts.ledger.run()):
                 background(work)
             reporting = background(reporter.run())
-            await serve(apps, parts.drain, drain_s=gateway.drain_s)
+            await serve(apps, parts.drain, drain_s=gateway.drain_s, alone=fd is None or gateway.count == 1)
             reporting.cancel()
             await asyncio.wait({reporting})
             await reporter.leave()

@@ -12,6 +12,7 @@ so that it can stand in a `finally`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Final
 
 import aiohttp
@@ -25,6 +26,8 @@ HEALTH_S: Final = 2.0
 """A dead EngineCore shows in /health within 0.1 s; a frozen engine says nothing."""
 IDLE_CONNECTION_S: Final = 2.0
 """vLLM's own server closes a connection after five seconds of silence."""
+END_S: Final = 0.05
+"""For the end of an answer to follow its last event."""
 LARGEST_ERROR: Final = 1 << 20
 """Bytes of an error body that are read."""
 
@@ -131,6 +134,13 @@ class Exchange:
             parts.append(part[:length])
             length -= len(part)
         return b"".join(parts)
+
+    async def finish(self) -> None:
+        """After the last event: read what is left of the answer, which is its end, so that the connection is kept."""
+        with contextlib.suppress(EngineLost, TimeoutError):
+            async with asyncio.timeout(END_S):
+                while await self.some():
+                    pass
 
     def abort(self) -> None:
         """Close the connection unless the answer has been read to its end, in which case it is kept for the next."""

@@ -6,8 +6,9 @@ it accepted, entered in the ledger and worked for (`stream`).
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from typing import Any, Final, cast
-from uuid import UUID
 
 import msgspec
 import structlog
@@ -16,9 +17,8 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException
 from litestar.handlers import ASGIRouteHandler
 from litestar.params import FromPath
 from litestar.types import HTTPScope, Receive, Scope, Send
-from uuid_utils import uuid7
 
-from app import errors, health
+from app import errors, health, middleware
 from app.errors import KeyForbidden, ModelUnknown, ShuttingDown
 from app.openai import body
 from app.openai.body import ClientGone, Endpoint
@@ -65,6 +65,7 @@ def tenant_app(parts: GatewayParts) -> Litestar:
             *_models(parts),
             *health.routes(parts),
         ],
+        middleware=[middleware.Requests()],
         exception_handlers={HTTPException: _refused, Exception: _refused},
         openapi_config=None,
         logging_config=None,
@@ -72,10 +73,10 @@ def tenant_app(parts: GatewayParts) -> Litestar:
 
 
 def _generating(parts: GatewayParts, endpoint: Endpoint) -> ASGIRouteHandler:
-    @asgi(endpoint.path, copy_scope=False)
+    @asgi(endpoint.path, copy_scope=False, opt={middleware.TELLS_ITSELF: True})
     async def generate(scope: Scope, receive: Receive, send: Send) -> None:
         http = cast("HTTPScope", scope)  # (uvicorn takes no WebSockets)
-        request_id = RequestId(UUID(bytes=uuid7().bytes))
+        request_id = middleware.request_id(scope)
         try:
             if http["method"] != "POST":
                 raise MethodNotAllowedException(headers={"Allow": "POST"})
@@ -93,7 +94,7 @@ def _generating(parts: GatewayParts, endpoint: Endpoint) -> ASGIRouteHandler:
 async def _accept(
     parts: GatewayParts, endpoint: Endpoint, request_id: RequestId, headers: dict[bytes, bytes], receive: Receive
 ) -> Accepted:
-    received_at = parts.clock()
+    received_at, began = parts.clock(), time.perf_counter()
     caller, workspace = await _caller(parts, headers.get(b"authorization"))
     if parts.drain.began:
         raise ShuttingDown("this gateway is shutting down; ask again")
@@ -119,7 +120,8 @@ async def _accept(
         trace_id=trace_id(span),
         retry_count=_retries(headers.get(b"x-stainless-retry-count", b"")),
     )
-    return Accepted(open=opening, variant=variant, asked=asked, body=composed, span=span)
+    hold_s = settings.stream_hold_s if asked.stream else _hold_s(settings.hold_s, headers)
+    return Accepted(open=opening, began=began, variant=variant, asked=asked, body=composed, hold_s=hold_s, span=span)
 
 
 async def _caller(parts: GatewayParts, authorization: bytes | str | None) -> tuple[Caller, WorkspaceName]:
@@ -141,15 +143,26 @@ def _retries(text: bytes) -> int:
     return min(int(text[:8]), _MAX_RETRIES) if text.isdigit() else 0
 
 
+def _hold_s(most: float, headers: Mapping[bytes, bytes]) -> float:
+    """How long an answer that isn't streamed may be held: not beyond half of what the client says that it waits."""
+    for name in (b"x-stainless-read-timeout", b"x-stainless-timeout"):
+        try:
+            stated = float(headers.get(name, b""))
+        except ValueError:
+            continue
+        if stated > 0:
+            return min(most, stated / 2)
+    return most
+
+
 async def _say_no(parts: GatewayParts, error: Exception, request_id: RequestId, send: Send) -> None:
     answer = errors.answer(error)
-    if answer.code == "internal_error":
+    if errors.is_bug(error):
         log.exception("request_broke", request_id=str(request_id), error=type(error).__name__)
     else:
         log.info("refused", request_id=str(request_id), status=answer.status, code=answer.code)
     parts.metrics.refused(answer.status)
-    headers = [*answer.headers, (b"x-request-id", str(request_id).encode())]
-    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.start", "status": answer.status, "headers": answer.headers})
     await send({"type": "http.response.body", "body": answer.body, "more_body": False})
 
 
@@ -177,11 +190,14 @@ def _models(parts: GatewayParts) -> list[Any]:
     return [list_models, get_model]
 
 
-def _refused(_: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    answer = errors.answer(error)
-    if answer.code == "internal_error":
-        log.exception("request_broke", error=type(error).__name__, exc_info=error)
+def _refused(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """What no route has, and what a route of Litestar's kind raises."""
+    answer, name = errors.answer(error), str(middleware.request_id(request.scope))
+    if errors.is_bug(error):
+        log.error("request_broke", request_id=name, error=type(error).__name__, exc_info=error)
     headers = {name.decode(): value.decode() for name, value in answer.headers if name != b"content-length"}
     kind = headers.pop("content-type")
-    headers["x-request-id"] = str(uuid7())
+    if "route_handler" not in cast("dict[str, Any]", request.scope):  # no middleware has seen it
+        log.info("refused", request_id=name, status=answer.status, code=answer.code)
+        headers["x-request-id"] = name
     return Response(answer.body, status_code=answer.status, headers=headers, media_type=kind)
