@@ -199,7 +199,7 @@ def answer(error: Exception) -> Answer:
         headers += [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
     body = _body(error, line)
     headers.append((b"content-length", str(len(body)).encode()))
-    return Answer(line.status, line.code, headers, body)
+    return Answer(int(line.status), line.code, headers, body)
 
 
 def frame(error: Exception) -> bytes:

@@ -166,7 +166,7 @@ class Gateway:
 
     async def start_engine(self, **script: Any) -> FakeEngine:
         engine_id = EngineId(str(uuid7()))
-        socket, book = self.directory / f"e{len(self.engines)}", self.directory / f"b{len(self.engines)}"
+        socket, book = self.directory / engine_id[-6:], self.directory / f"{engine_id[-6:]}.jsonl"
         arguments = ["--socket", str(socket), "--book", str(book), "--served", SERVED, "--script", json.dumps(script)]
         process = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), *arguments)
         engine = FakeEngine(engine_id, socket, book, process)
