@@ -153,6 +153,7 @@ async def test_a_first_attempt_waits_for_a_new_engine_when_the_only_one_is_gone(
     await bad.process.wait()
     await until(lambda: gateway.parts.admission.waiting() == 1)
     gateway.engines.remove(bad)
+    gateway.publish()
     await gateway.engine(tokens=1)
     assert (await task)[-1] == "[DONE]"
     rows = await gateway.ended(2)
