@@ -15,12 +15,14 @@ import asyncpg
 import structlog
 import uvloop
 from litestar import Litestar
+from litestar.exceptions import HTTPException
 from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from redis.asyncio import Redis
 from uuid_utils import uuid7
 
 from app import control, health, pepper
+from app.admin import problems
 from app.admin.parts import AdminParts
 from app.admin.routes import COMPONENTS, admin_routes
 from app.control import ControlParts
@@ -191,6 +193,7 @@ def _operator_app(settings: Settings, parts: GatewayParts, pool: asyncpg.Pool[An
     )
     return Litestar(
         route_handlers=[admin_routes(admin), *health.routes(parts), health.metrics_route(parts)],
+        exception_handlers={HTTPException: problems.answer, Exception: problems.answer},
         openapi_config=OpenAPIConfig(
             title="Greenroom",
             version="1",
