@@ -205,6 +205,20 @@ async def test_i1_a_gateway_that_meets_the_reaper_in_its_commit_says_it_again(db
     assert after.events == {row.request_id: [LOST, event(revision=1)]}
 
 
+async def test_i1_a_ledger_that_meets_the_reaper_in_its_commit_has_the_last_word(db_pool: Pool) -> None:
+    async with running(db_pool) as ledger:
+        row = opened()
+        await ledger.open(row)
+        lost = closed(row, outcome=Outcome.GATEWAY_LOST, source=Source.BOOK)
+        async with db_pool.acquire() as reaper, reaper.transaction():
+            await queries.all_usage_close(reaper, [Closing(row, lost)])
+            closing = ledger.close(closed(row))
+            while not await reaper.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+                await asyncio.sleep(0.001)
+        await closing
+        assert (await tables(db_pool)).events == {row.request_id: [LOST, event(revision=1)]}
+
+
 async def test_a_row_that_became_pending_since_it_was_read_is_left_for_the_next_sweep(
     db_pool: Pool, books: Books
 ) -> None:
