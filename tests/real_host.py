@@ -95,6 +95,11 @@ class RealHost:
         assert found[0] is not None
         return found[0]
 
+    def end_engines(self) -> None:
+        """Kill every engine that the host knows."""
+        for engine in self.request("list")["engines"].values():
+            group.kill(engine["pid"], engine["pid_start"])
+
     def end(self, number: signal.Signals = signal.SIGTERM) -> None:
         if self._connection is not None:
             self._connection.close()

@@ -193,13 +193,15 @@ def test_two_engines_share_no_random_numbers_or_names(begin: Begin, engine: Runn
 
 
 def test_i10_engines_serve_on_when_their_host_is_killed_and_the_next_host_starts_more(
-    engine_python: Path, ground: Path, demo_model: Path
+    engine_python: Path, ground: Path, demo_model: Path, gone: contextlib.ExitStack
 ) -> None:
     directory = ground / "second"
     directory.mkdir(mode=0o755)
     command = [engine_python, SCRIPT, "--cache", ground / "cache"]
     first = RealHost(command, directory / "host.sock", log=ground / "second.log")
-    engine = first.start(order(demo_model, directory)).wait_until_listening()
+    engine = first.start(order(demo_model, directory))
+    gone.callback(engine.kill)
+    engine.wait_until_listening()
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     with engine.post(CHAT, "r3", **STORY, stream=True) as response:
         response.readline()
@@ -212,7 +214,13 @@ def test_i10_engines_serve_on_when_their_host_is_killed_and_the_next_host_starts
     assert second.request("list")["engines"] == {}
     assert group.alive(engine.pid, engine.pid_start)
     second.end()
-    engine.kill()
+
+
+@pytest.fixture
+def gone() -> Iterator[contextlib.ExitStack]:
+    """What a test hands to it is done when the test has ended, however it did."""
+    with contextlib.ExitStack() as stack:
+        yield stack
 
 
 def descriptors(pid: int) -> dict[int, str]:

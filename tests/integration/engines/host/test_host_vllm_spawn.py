@@ -17,10 +17,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture
 def spawning_host(ground: Path, engine_python: Path) -> Iterator[RealHost]:
-    """A host that was told to spawn; it is there at once, as it imports nothing."""
+    """A host that was told to spawn; it is there at once, as it imports nothing. Its engines end with the test."""
     command = [engine_python, SCRIPT, "--cache", ground / "cache", "--mode", "spawn"]
     running = RealHost(command, ground / "spawn.sock", log=ground / "spawn.log")
     yield running
+    running.end_engines()
     running.end()
 
 
