@@ -7,7 +7,7 @@ import time
 import openai
 import pytest
 
-from loadtests.bench.stack import Stack
+from loadtests.bench.stack import MODEL, Stack
 from tests.e2e.chats import PROMPT, Client
 
 
@@ -83,7 +83,7 @@ def test_a_revoked_key_is_refused_within_two_seconds(stack: Stack, client: Clien
 
 def test_i7_a_workspace_neither_sees_nor_reaches_anothers_variants(stack: Stack, client: Client) -> None:
     stack.admin("POST", "/workspaces", {"name": "other"})
-    stack.admin("POST", "/workspaces/other/variants", {"name": "secret-bot", "model": "smollm2-135m"})
+    stack.admin("POST", "/workspaces/other/variants", {"name": "secret-bot", "model": MODEL})
     assert [model["id"] for model in client.get("/v1/models").body["data"]] == ["bot", "brief"]
     reply = client.chat("secret-bot")
     assert reply.status == 404 and "secret-bot" in reply.body["error"]["message"]

@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from loadtests.bench.stack import Stack
+from loadtests.bench.stack import MODEL, Stack
 from tests.e2e.chats import Client, at_once
 from tests.e2e.rows import query
 
@@ -43,7 +43,7 @@ def test_i3_an_engine_is_not_evicted_while_a_request_runs_beyond_the_idle_timeou
 def test_a_provisioned_variant_has_an_engine_without_being_asked(stack: Stack, cold: Client) -> None:
     variant = {
         "name": "promised",
-        "model": "smollm2-135m",
+        "model": MODEL,
         "scaling": {"provisioned": 2, "idle_timeout_s": 1},
         "arguments": {"max_model_len": 512},
     }
