@@ -36,11 +36,11 @@ Attempt = tuple[UUID, int]
 _UNKNOWN_LEASE: Final = "interval '30 s'"
 """An open row whose gateway has no instance row counts as if the lease had ended so long after its receipt."""
 
-_OPEN_RECORD: Final = """
-    json_to_recordset($1::text::json) AS (
-        request_id uuid, attempt smallint, workspace text, key text, variant text, model text, endpoint text,
-        stream boolean, sequences integer, gateway uuid, received_at float8, trace_id text, retry_count numeric)
+_RECORD: Final = """
+    request_id uuid, attempt smallint, workspace text, key text, variant text, model text, endpoint text,
+    stream boolean, sequences integer, gateway uuid, received_at float8, trace_id text, retry_count numeric
 """
+_OPEN_RECORD: Final = f"json_to_recordset($1::text::json) AS ({_RECORD})"
 _OPEN_COLUMNS: Final = """
     request_id, attempt, workspace, key, variant, model, endpoint, stream, sequences, gateway, received_at, trace_id,
     retry_count
@@ -84,14 +84,19 @@ async def all_usage_open(database: Database, opens: Sequence[UsageOpen]) -> None
     )
 
 
-async def all_usage_close(database: Database, closings: Sequence[Closing]) -> set[Attempt]:
+async def all_usage_close(
+    database: Database, closings: Sequence[Closing], opens: Sequence[UsageOpen] = ()
+) -> set[Attempt]:
     """Write events, remove the open rows, and open the next attempt of those that aren't final; one commit.
 
-    Returns the attempts that are settled: written now or before. One that isn't met another closer in the middle of a
-    commit; say it again. No attempt may come twice in `closings`, nor two attempts of a request.
+    Other requests' `opens` can share it. Returns the attempts that are settled: written now or before. One that isn't
+    met another closer in the middle of a commit; say it again. No request may come twice.
     """
     rows = await database.fetch(
-        _CLOSE, _json([closing.open for closing in closings]), _json([closing.close for closing in closings])
+        _CLOSE,
+        _json([closing.open for closing in closings]),
+        _json([closing.close for closing in closings]),
+        _json(opens),
     )
     return {(row["request_id"], row["attempt"]) for row in rows}
 
@@ -271,6 +276,9 @@ _CLOSE: Final = f"""
                gateway, to_timestamp(received_at), trace_id, least(greatest(retry_count, 0), 2147483647)::integer
           FROM due JOIN written USING (request_id, attempt) WHERE NOT final
         ON CONFLICT DO NOTHING
+    ), opened AS (
+        INSERT INTO usage_open ({_OPEN_COLUMNS})
+        SELECT {_OPEN_VALUES} FROM json_to_recordset($3::text::json) AS ({_RECORD}) ON CONFLICT DO NOTHING
     )
     SELECT request_id, attempt FROM written
     UNION ALL
