@@ -38,7 +38,7 @@ SWEEP_S: Final = 2.0
 FORGET_S: Final = 3600.0
 """A gateway's report of that age is removed from Postgres."""
 
-_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 
 log = structlog.get_logger()
 
@@ -165,7 +165,8 @@ async def _hold(connection: queries.Connection) -> None:
     while True:
         await asyncio.sleep(CHECK_S)
         try:
-            await asyncio.wait_for(queries.ping(connection), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                await queries.ping(connection)
         except _AWAY as error:
             raise LeadershipLost(f"the connection with the leader's lock is gone: {type(error).__name__}") from None
 

@@ -2,7 +2,7 @@
 
 They are found as the kernel knows them, without files that could be wrong: what descends from this process (a
 subreaper) and is not one of the stores, and whoever has a Unix socket below `<run_dir>/e`. Their groups are killed and
-what they had mapped in /dev/shm is removed.
+what vLLM had made for them in /dev/shm, and nobody has any more, is removed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from engines.host import group
+from engines.launchers.local_remains import SHARED_MEMORY, shared_memory
 
 PATIENCE_S: Final = 10.0
 
@@ -30,14 +31,14 @@ def sweep(run_path: Path, *, spare: Collection[int], say: Callable[[str], None])
     if not doomed:
         return ()
     say(f"killing {len(doomed)} left-over processes of engines: {', '.join(map(str, doomed))}")
-    memory = {path for pid in doomed for path in _shared_memory(pid)}
+    memory = shared_memory(doomed)
     for leader in groups:
         group.kill(leader, group.start_time(leader) or 0)
     give_up = time.monotonic() + PATIENCE_S
     while any(group.members(leader) for leader in groups) and time.monotonic() < give_up:
         time.sleep(0.01)
-    for path in memory:
-        path.unlink(missing_ok=True)
+    for name in memory - shared_memory(_pids()):
+        (SHARED_MEMORY / name).unlink(missing_ok=True)
     return tuple(doomed)
 
 
@@ -79,11 +80,3 @@ def _has_open(pid: int, names: Collection[str]) -> bool:
                 if str(fd.readlink()) in names:
                     return True
     return False
-
-
-def _shared_memory(pid: int) -> set[Path]:
-    """Files in /dev/shm that a process has mapped."""
-    with contextlib.suppress(OSError):
-        maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        return {Path(line.split(maxsplit=5)[5]) for line in maps if " /dev/shm/" in line and "(deleted)" not in line}
-    return set()

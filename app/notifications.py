@@ -42,7 +42,13 @@ class Notifications:
         while True:
             try:
                 await self._listen()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except (
+                OSError,
+                TimeoutError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+            ) as error:
                 log.warning("notifications_lost", error=type(error).__name__)
             finally:
                 self._edge(connected=False)
@@ -56,7 +62,8 @@ class Notifications:
             self._edge(connected=True)
             while not connection.is_closed():
                 # A server that froze or vanished without a word is noticed by this, within a second or two.
-                await asyncio.wait_for(connection.execute("SELECT"), _TIMEOUT_S)
+                async with asyncio.timeout(_TIMEOUT_S):
+                    await connection.execute("SELECT")
                 await asyncio.sleep(_CHECK_S)
         finally:
             connection.terminate()

@@ -57,7 +57,13 @@ _CONNECTIONS: Final = 8
 _LEDGER_LEAVE_S: Final = 5.0
 _SCRIPTED_BYTES: Final = 8 << 30
 """Memory of the scripted launcher's device, which holds nothing."""
-_DATABASE_AWAY: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+_DATABASE_AWAY: Final = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 log = structlog.get_logger()
 

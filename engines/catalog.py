@@ -69,7 +69,13 @@ class Catalog:
             await self._stale.wait()
             try:
                 await self.load()
-            except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError) as error:
+            except (
+                OSError,
+                TimeoutError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+            ) as error:
                 log.warning("catalog_load_failed", error=type(error).__name__)
                 self._stale.set()
                 await asyncio.sleep(_RETRY_S)

@@ -41,7 +41,13 @@ RETRY_S: Final = 1.0
 HAND_OVER_S: Final = 2.0
 """How long a controller that leaves waits for forks under way, so that their processes are known to the next one."""
 
-_PUBLISH_FAILED: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+_PUBLISH_FAILED: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 Input = Callable[[float], tuple[Change, ...] | None]
 

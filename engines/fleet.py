@@ -44,7 +44,13 @@ OVERTAKE_S: Final = 0.02
 DATABASE_S: Final = 1.0
 """Longest wait for one statement."""
 
-POSTGRES_AWAY: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
+POSTGRES_AWAY: Final = (
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
 
 Pool: TypeAlias = "asyncpg.Pool[Any]"
 T = TypeVar("T")

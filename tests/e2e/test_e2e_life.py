@@ -76,7 +76,7 @@ def test_a_model_that_vllm_can_not_load_fails_clearly_and_does_not_hang(
     for file in demo_model.iterdir():
         (broken / file.name).write_bytes(file.read_bytes())
     config = broken / "config.json"
-    config.write_text(config.read_text().replace('"intermediate_size": 1536', '"intermediate_size": 1024'))
+    config.write_text(config.read_text().replace('"hidden_size": 576', '"hidden_size": 640'))
     stack.greenroom("models", "add", "broken", str(broken))
     stack.admin("POST", "/workspaces/acme/variants", {"name": "broken-bot", "model": "broken"})
     try:

@@ -35,13 +35,28 @@ def test_i11_no_engine_process_has_a_secret_or_an_address_of_a_store(stack: Stac
     assert client.chat().good
     sessions = {engine["pid"] for engine in stack.engines()}
     pepper = (stack.data_dir / "pepper").read_text().strip()
+    secrets = [pepper, stack.admin_key, client.key, "postgresql://", "GREENROOM_DATA_DIR"]
     engines = [process for process in stack.processes() if process.session in sessions]
     assert len(engines) >= 2, "API server and EngineCore"
     for process in engines:
-        environ = Path(f"/proc/{process.pid}/environ").read_bytes().decode(errors="replace")
-        assert "GREENROOM" not in environ and pepper not in environ and "postgresql://" not in environ
+        # The title has overwritten what /proc shows of the environment, so the memory itself is searched.
+        memory = _heap_and_stack(process.pid)
+        assert b"VLLM_NO_USAGE_STATS" in memory, "the search would find an environment"
+        assert [secret for secret in secrets if secret.encode() in memory] == []
         files = [_target(fd) for fd in Path(f"/proc/{process.pid}/fd").iterdir()]
         assert [file for file in files if "/pg/" in file or "valkey" in file] == []
+
+
+def _heap_and_stack(pid: int) -> bytes:
+    """What a process keeps in its heap and on its stack, where environments are."""
+    parts = []
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if line.endswith(("[heap]", "[stack]")):
+                start, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+                memory.seek(start)
+                parts.append(memory.read(end - start))
+    return b"".join(parts)
 
 
 def _target(fd: Path) -> str:

@@ -14,7 +14,7 @@ from app.ownership import become_subreaper
 
 become_subreaper()
 run = Path(sys.argv[1])
-shm = Path("/dev/shm") / f"greenroom-test-{os.getpid()}"
+shm = Path("/dev/shm") / f"psm_greenroom-test-{os.getpid()}"
 engine = '''
 import mmap, os, socket, subprocess, sys, time
 s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen()

@@ -16,7 +16,7 @@ import pytest
 from app.stores import EmbeddedPostgres
 from loadtests.bench import processes
 from loadtests.bench.processes import Process
-from loadtests.bench.stack import UP, Leftovers, Stack
+from loadtests.bench.stack import UP, Leftovers, Stack, StackFailed
 from tests.conftest import psql
 
 pytestmark = pytest.mark.timeout(120)
@@ -143,9 +143,19 @@ def test_i10_a_killed_process_is_started_again_and_the_stack_is_whole(stack: Sta
     victim = min(by_role(stack, role), key=lambda process: (process.start, process.pid))
     processes.kill(victim)
     eventually(lambda: any(p.start > victim.start for p in by_role(stack, role)), f"another {role}")
+    eventually(lambda: answers(stack), "the admin API to answer")  # a new Postgres recovers first
     eventually(stack._ready, "the gateways to be ready")
     stack.admin("POST", "/workspaces", {"name": "acme"})
     assert stack.stop() == Leftovers()
+
+
+def answers(stack: Stack) -> bool:
+    """Whether the admin API can use its database."""
+    try:
+        stack.admin("GET", "/workspaces")
+    except StackFailed:
+        return False
+    return True
 
 
 def test_i10_a_killed_supervisor_takes_all_but_engines_with_it_and_the_next_starts_at_once(stack: Stack) -> None:
