@@ -143,13 +143,13 @@ def test_i10_a_killed_process_is_started_again_and_the_stack_is_whole(stack: Sta
     victim = min(by_role(stack, role), key=lambda process: (process.start, process.pid))
     processes.kill(victim)
     eventually(lambda: any(p.start > victim.start for p in by_role(stack, role)), f"another {role}")
-    eventually(lambda: answers(stack), "the admin API to answer")  # a new Postgres recovers first
+    eventually(lambda: admin_answers(stack), "the admin API to answer")  # a new Postgres recovers first
     eventually(stack._ready, "the gateways to be ready")
     stack.admin("POST", "/workspaces", {"name": "acme"})
     assert stack.stop() == Leftovers()
 
 
-def answers(stack: Stack) -> bool:
+def admin_answers(stack: Stack) -> bool:
     """Whether the admin API can use its database."""
     try:
         stack.admin("GET", "/workspaces")
