@@ -108,7 +108,7 @@ class Stack:
         self._stop_timeout_s = stop_timeout_s
         self._settle_s = settle_s
         self._process: subprocess.Popen[bytes] | None = None
-        self._shared_memory: frozenset[str] = frozenset()
+        self.shared_memory_before: frozenset[str] = frozenset()
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("GREENROOM_")} | {
             "GREENROOM_DATA_DIR": str(self.data_dir),
             "GREENROOM_RUN_DIR": str(self.run_dir),
@@ -156,7 +156,7 @@ class Stack:
         Raises `StackFailed`, and then nothing is running.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._shared_memory = processes.shared_memory()
+        self.shared_memory_before = processes.shared_memory()
         self.exit_code = None
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -324,7 +324,7 @@ class Stack:
         while True:
             running = tuple(self.processes()) if self._process is not None else ()
             paths = (self.run_dir, *self.run_dir.rglob("*")) if self.run_dir.exists() else ()
-            litter = processes.unheld_shared_memory(processes.shared_memory() - self._shared_memory)
+            litter = processes.unheld_shared_memory(processes.shared_memory() - self.shared_memory_before)
             left = Leftovers(running, tuple(paths), tuple(litter), late_s)
             if not left or late_s is not None or time.monotonic() > end:
                 return left

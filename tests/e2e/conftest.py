@@ -1,7 +1,8 @@
 """End to end: a whole `greenroom up` with two gateways, a real model and real vLLM engines.
 
-`stack` is one for the session, with engines forked; each test that needs a known beginning asks for `cold`, which stops
-all engines first. A test that kills processes says so by its own fixture and leaves the stack whole.
+Everything runs twice: with engines forked from the engine host, and with engines started the stock way, as the host
+does where it can't fork. `stack` is one of each for the session; a test that needs a known beginning asks for `cold`,
+which stops all engines first. A test that kills processes leaves the stack whole.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtests.bench.stack import MODEL, Stack
+from loadtests.bench.stack import Stack
 from tests.e2e.chats import Client
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,7 +37,7 @@ def demo_model() -> Path:
 def furnish(stack: Stack, model: Path) -> Client:
     """Workspace `acme` with its variants, and a client with its key.
 
-    `bot` keeps its engine; `brief` leaves it after two seconds, on a pool of its own; `sized` has another size again.
+    `bot` keeps its engine; `brief` leaves it after two seconds, on a pool of its own.
     """
     key = stack.set_up(
         model,
@@ -49,10 +50,11 @@ def furnish(stack: Stack, model: Path) -> Client:
     return Client(stack, key)
 
 
-@pytest.fixture(scope="session")
-def stack(demo_model: Path) -> Iterator[Stack]:
-    """The session's stack."""
-    with Stack(gateways=2) as running:
+@pytest.fixture(scope="session", params=["fork", "spawn"])
+def stack(request: pytest.FixtureRequest, demo_model: Path) -> Iterator[Stack]:
+    """The session's stack for one way of starting engines. Stock starts outlast the usual hold of half a minute."""
+    env = {"GREENROOM_ENGINE__START": request.param, "GREENROOM_GATEWAY__HOLD_S": "120"}
+    with Stack(gateways=2, env=env) as running:
         running.client = furnish(running, demo_model)  # type: ignore[attr-defined]
         yield running
 
@@ -68,6 +70,3 @@ def cold(stack: Stack, client: Client) -> Client:
     """The same, with no engine running."""
     stack.stop_engines()
     return client
-
-
-__all__ = ["MODEL", "furnish"]

@@ -158,7 +158,10 @@ def _surplus(stack: Stack) -> list[str]:
     if len(hosts) > 1:
         surplus.append(f"{len(hosts)} processes of engine hosts")
     surplus += [f"directory {d}" for d in (stack.run_dir / "e").glob("*") if d.name.split("-")[-1] not in live]
-    surplus += [f"shared memory {name}" for name in processes.unheld_shared_memory(processes.shared_memory())]
+    surplus += [
+        f"shared memory {name}"
+        for name in processes.unheld_shared_memory(processes.shared_memory() - stack.shared_memory_before)
+    ]
     reserved = sum(device["reserved_bytes"] for device in stack.admin("GET", "/fleet")["devices"])
     expected = sum(engine["memory_bytes"] for engine in engines)
     if reserved != expected:
