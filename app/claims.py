@@ -21,6 +21,8 @@ from app.refusal import Refused
 from app.settings import GatewaySettings, Settings
 
 BACKLOG: Final = 2048
+OURS: Final = frozenset({"e", "pg", "host.sock", "host.lock", "valkey.sock", "valkey.log"})
+"""What the run directory holds; nothing else there is ever removed."""
 
 
 class ClaimRefused(Refused):
@@ -37,9 +39,9 @@ class Claim:
         self.listener = listener
 
     def release(self) -> None:
-        """Give them back; the run directory is removed."""
+        """Give them back; of the run directory what is ours is removed, and the directory if nothing else is in it."""
         self.listener.close()
-        shutil.rmtree(self.settings.run_path, ignore_errors=True)
+        _clear_run_dir(self.settings.run_path)
         self.lock.release()
 
 
@@ -110,3 +112,17 @@ def _make_run_dir(path: Path) -> None:
     stat = path.lstat()
     if path.is_symlink() or stat.st_uid != os.geteuid() or stat.st_mode & 0o077:
         raise ClaimRefused(f"the run directory {path} is not ours alone: remove it, or set GREENROOM_RUN_DIR")
+    strange = sorted(entry.name for entry in path.iterdir() if entry.name not in OURS)
+    if strange:
+        raise ClaimRefused(f"the run directory {path} is used for other things ({strange[0]}): set GREENROOM_RUN_DIR")
+
+
+def _clear_run_dir(path: Path) -> None:
+    for name in OURS:
+        entry = path / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()

@@ -175,6 +175,6 @@ async def _sweep(sweep: Callable[[float], Awaitable[Any]]) -> None:
     while True:
         try:
             await sweep(time.time())
-        except _AWAY as error:
-            log.warning("sweep_failed", error=type(error).__name__)
+        except Exception as error:  # one row that nobody can read is no reason to stop deciding
+            log.warning("sweep_failed", error=type(error).__name__, exc_info=not isinstance(error, _AWAY))
         await asyncio.sleep(SWEEP_S)

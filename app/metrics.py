@@ -46,9 +46,22 @@ class Metrics:
             "greenroom_closes_late", "Answers that ended before their row was durable.", registry=registry
         )
 
-    def watch(self, name: str, what: str, read: Callable[[], float]) -> None:
-        """A gauge that is read when somebody asks."""
-        Gauge(f"greenroom_{name}", what, registry=self._registry).set_function(read)
+    def watch(
+        self,
+        *,
+        running: Callable[[], float],
+        waiting: Callable[[], float],
+        backlog: Callable[[], float],
+        dropped: Callable[[], float],
+    ) -> None:
+        """Gauges that are read when somebody asks."""
+        for name, what, read in (
+            ("greenroom_requests_running", "Requests at engines.", running),
+            ("greenroom_requests_waiting", "Requests that hold.", waiting),
+            ("greenroom_ledger_backlog", "Closes that Postgres has not taken yet.", backlog),
+            ("greenroom_ledger_dropped", "Closes given up, left to the reaper.", dropped),
+        ):
+            Gauge(name, what, registry=self._registry).set_function(read)
 
     def ended(self, workspace: str, variant: str, outcome: Outcome, tokens: Tokens) -> None:
         """An accepted request is over."""

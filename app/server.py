@@ -26,7 +26,7 @@ from app.drain import Drain
 from app.refusal import Refused
 
 MARGIN_S: Final = 5.0
-"""Between the end of a drain and the end of the patience with connections that don't end."""
+"""Patience with connections that don't end, once nothing is open any more."""
 _BACKLOG: Final = 2048
 _KEEP_ALIVE_S: Final = 75
 
@@ -52,9 +52,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve(
-    apps: Sequence[tuple[Litestar, socket.socket]], drain: Drain, *, drain_s: float, alone: bool = True
-) -> None:
+async def serve(apps: Sequence[tuple[Litestar, socket.socket]], drain: Drain, *, alone: bool = True) -> None:
     """Serve until a signal, then drain; returns when every connection is closed. See `run`."""
 
     def asked() -> None:
@@ -65,23 +63,21 @@ async def serve(
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(sig, asked)
-    await run(apps, drain, drain_s=drain_s, alone=alone)
+    await run(apps, drain, alone=alone)
 
 
-async def run(
-    apps: Sequence[tuple[Litestar, socket.socket]], drain: Drain, *, drain_s: float, alone: bool = True
-) -> None:
+async def run(apps: Sequence[tuple[Litestar, socket.socket]], drain: Drain, *, alone: bool = True) -> None:
     """Serve until `drain` begins and nothing is open any more. The listening sockets become the servers'.
 
-    `alone`: nobody else listens on them.
+    `alone`: nobody else listens on the first, so what comes to it is for this process to refuse.
     """
-    servers = [_Server(_config(app, drain_s)) for app, _ in apps]
+    servers = [_Server(_config(app)) for app, _ in apps]
     async with asyncio.TaskGroup() as group:
         for server, (_, listener) in zip(servers, apps, strict=True):
             group.create_task(server.serve(sockets=[listener]))
         await drain.until_begun()
         if not alone:
-            for listening in (each for server in servers if server.started for each in server.servers):
+            for listening in servers[0].servers if servers[0].started else ():
                 listening.close()
         await drain.until_idle()
         for server in servers:
@@ -99,7 +95,7 @@ class _Protocol(HttpToolsProtocol):
         self.transport.close()
 
 
-def _config(app: Litestar, drain_s: float) -> uvicorn.Config:
+def _config(app: Litestar) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http=_Protocol,
@@ -110,6 +106,6 @@ def _config(app: Litestar, drain_s: float) -> uvicorn.Config:
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(drain_s + MARGIN_S) + 1,
+        timeout_graceful_shutdown=int(MARGIN_S),
         backlog=_BACKLOG,
     )

@@ -144,7 +144,7 @@ class EmbeddedPostgres:
                 pid_file.unlink()
             else:
                 # In place: the file stays the server's own.
-                with pid_file.open("r+") as file:
+                with os.fdopen(os.open(pid_file, os.O_RDWR | os.O_NOFOLLOW), "r+") as file:
                     file.write("\n".join([str(os.getpid()), *lines[1:]]) + "\n")
                     file.truncate()
 

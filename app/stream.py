@@ -17,7 +17,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 from litestar.types import Receive, Send
@@ -29,6 +29,7 @@ from app.errors import EngineFailed, EngineRefused, ShuttingDown
 from app.openai.body import ClientRequest
 from app.parts import GatewayParts
 from app.presence import Interrupted, Presence, Reason
+from app.reply import Reply
 from engines import sse
 from engines.admission import Grant, Waited
 from engines.arguments import served_name
@@ -43,13 +44,7 @@ from tenants.usage import Outcome, Source, Tokens, UsageClose, UsageOpen
 ATTEMPTS: Final = 2
 CLOSE_S: Final = 0.25
 """The longest that an answer's end waits for its row."""
-_DONE: Final = b"data: [DONE]\n\n"
 _CHARGED: Final = frozenset({Outcome.COMPLETED, Outcome.CLIENT_GONE, Outcome.DRAINED})
-_STREAM_HEADERS: Final = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),
-]
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -77,7 +72,7 @@ class Generation:
     def __init__(self, parts: GatewayParts, accepted: Accepted, send: Send) -> None:
         self._parts = parts
         self._accepted = accepted
-        self._send = send
+        self._reply = Reply(send, began=accepted.began)
         self._served = served_name(accepted.variant.model.digest)
         self._row = accepted.open
         self._queued_us = self._held_us = 0
@@ -86,7 +81,6 @@ class Generation:
         self._engine: Engine | None = None
         self._usage: EngineUsage | None = None
         self._usage_is_total = False
-        self._status = 0
         self._first_token_us: int | None = None
         self._closing: UsageClose | None = None
         self._closed: asyncio.Future[None] | None = None
@@ -132,23 +126,48 @@ class Generation:
                     raise
                 self._again(error)
             else:
-                await asyncio.wait({self._opened})
-                self._opened.result()
+                await self._recorded()
                 return begun
 
     async def _dispatch(self) -> Exchange:
-        accepted, waited = self._accepted, Waited()
-        try:
-            self._grant = await self._parts.admission.admit(
-                accepted.variant, slots=accepted.asked.sequences, wait_s=accepted.hold_s, waited=waited
+        accepted = self._accepted
+        self._engine = (await self._granted()).engine
+        if not accepted.asked.stream:
+            await self._recorded()  # nobody sees a byte before the whole answer is there
+        name = engine_request_id(str(self._row.request_id), self._row.attempt)
+        self._exchange = await self._parts.client.post(
+            self._engine, accepted.asked.endpoint.path, accepted.body, name, streams=accepted.asked.stream
+        )
+        return self._exchange
+
+    async def _granted(self) -> Grant:
+        """Wait for slots, for what is left of the hold; a request that the ledger refuses meanwhile waits no longer."""
+        waited, left_s = Waited(), max(0.0, self._accepted.hold_s - self._queued_us / 1e6)
+        asking = asyncio.ensure_future(
+            self._parts.admission.admit(
+                self._accepted.variant, slots=self._accepted.asked.sequences, wait_s=left_s, waited=waited
             )
+        )
+        try:
+            either: set[asyncio.Future[Any]] = {asking, self._opened}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if self._opened.done():
+                self._opened.result()
+            await asyncio.wait({asking})
+            self._grant = asking.result()
         finally:
+            if self._grant is None:
+                asking.add_done_callback(_give_back)
+                asking.cancel()
+                await asyncio.wait({asking})  # it leaves the queue in the next turn of the loop
             self._queued_us += waited.queued_us
             self._held_us += waited.held_us
-        self._engine = self._grant.engine
-        name = engine_request_id(str(self._row.request_id), self._row.attempt)
-        self._exchange = await self._parts.client.post(self._engine, accepted.asked.endpoint.path, accepted.body, name)
-        return self._exchange
+        return self._grant
+
+    async def _recorded(self) -> None:
+        """Return once the open row is durable; `LedgerUnavailable` if it won't be."""
+        await asyncio.wait({self._opened})
+        self._opened.result()
 
     def _again(self, error: Exception) -> None:
         """Close an attempt that failed, which costs nothing; its close opens the next one."""
@@ -172,7 +191,7 @@ class Generation:
 
     def _failure(self, error: EngineError) -> EngineFailed | EngineRefused:
         """What an engine's error is to the caller: its words if the fault is the caller's and can still be told."""
-        if error.status not in errors.PASSED_ON or self._status:
+        if error.status not in errors.PASSED_ON or self._reply.status:
             return EngineFailed(f"the engine answered with an error ({error.status})")
         return EngineRefused(replace(error, message=error.message.replace(self._served, self._accepted.asked.model)))
 
@@ -206,11 +225,11 @@ class Generation:
         exchange = self._exchange
         if exchange is None:
             raise RuntimeError("forwarding without an exchange")
-        await self._start(200, _STREAM_HEADERS)
+        await self._reply.begin_stream()
         self._first_token_us = self._elapsed_us()
         while True:
             if portion.data:
-                await self._send({"type": "http.response.body", "body": portion.data, "more_body": True})
+                await self._reply.more(portion.data)
             if portion.error is not None:
                 raise self._failure(portion.error)
             if portion.done:
@@ -220,33 +239,19 @@ class Generation:
         self._release()
         await exchange.finish()
         await self._durable()
-        await self._send({"type": "http.response.body", "body": _DONE, "more_body": False})
+        await self._reply.end_stream()
 
     async def _whole(self, body: bytes) -> None:
         self._first_token_us = self._elapsed_us()
         self._close(Outcome.COMPLETED)
         self._release()
         await self._durable()
-        await self._whole_response(200, [(b"content-type", b"application/json"), _length(body)], body)
+        await self._reply.whole(body)
 
     async def _refuse(self, error: Exception) -> None:
-        """Say what went wrong: as a response, or in the stream if that has begun. A client that is gone won't hear."""
+        """Say what went wrong once the row is written. A client that is gone won't hear."""
         await self._durable()
-        if not self._status:
-            answer = errors.answer(error)
-            await self._whole_response(answer.status, answer.headers, answer.body)
-        elif self._accepted.asked.stream:
-            body = errors.frame(error) + _DONE
-            await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def _whole_response(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        await self._start(status, headers)
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
-
-    async def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
-        self._status = status
-        took = (b"openai-processing-ms", str(self._elapsed_us() // 1000).encode())
-        await self._send({"type": "http.response.start", "status": status, "headers": [*headers, took]})
+        await self._reply.refuse(error)
 
     # Ending -----------------------------------------------------------------------------------------------------------
 
@@ -318,8 +323,8 @@ class Generation:
         if closing is None:
             return
         if self._was_not_recorded():
-            log.info("refused", request_id=str(self._row.request_id), status=self._status, detail=closing.detail)
-            parts.metrics.refused(self._status)
+            log.info("refused", request_id=str(self._row.request_id), status=self._reply.status, detail=closing.detail)
+            parts.metrics.refused(self._reply.status)
             return
         account.tell(
             parts.telemetry,
@@ -327,7 +332,7 @@ class Generation:
             self._accepted.span,
             opened=self._row,
             closed=closing,
-            status=self._status,
+            status=self._reply.status,
             engine=self._engine,
         )
 
@@ -339,5 +344,7 @@ class Generation:
         return isinstance(opened.exception(), LedgerUnavailable)
 
 
-def _length(body: bytes) -> tuple[bytes, bytes]:
-    return b"content-length", str(len(body)).encode()
+def _give_back(asking: asyncio.Future[Grant]) -> None:
+    """Release slots that were granted to a request in the moment in which it ended."""
+    if not asking.cancelled() and asking.exception() is None:
+        asking.result().release()

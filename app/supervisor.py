@@ -139,7 +139,7 @@ class Supervisor:
     def _gateway(self, index: int, environ: Mapping[str, str]) -> Child:
         assert self._claim is not None  # noqa: S101 (run() did)
         fd = self._claim.listener.fileno()
-        stop_s = self.settings.gateway.drain_s + 10.0
+        stop_s = self.settings.gateway.drain_s + 15.0
         arguments = ["gateway", "--fd", str(fd), "--index", str(index)]
         return self._program(f"gateway-{index}", arguments, environ, signal.SIGTERM, stop_s, fd)
 
@@ -226,10 +226,9 @@ class Supervisor:
                         rotate(child.log)
 
     def _died(self, child: Child) -> None:
-        if child.name == "engine-host" and self._host_is_new:
-            raise UpRefused(f"engine-host ended while starting: {self._last_words(child)}")
         wait = child.died(time.monotonic())
-        self._say(f"{child.name} ended; starting it again in {wait:.1f} s")
+        why = f" ({self._last_words(child)})" if child.name == "engine-host" and self._host_is_new else ""
+        self._say(f"{child.name} ended{why}; starting it again in {wait:.1f} s")
 
     def _look_at_host(self) -> None:
         """Say when the first engine host is ready; it imports vLLM for some seconds while all else runs already."""
@@ -267,6 +266,8 @@ class Supervisor:
     # Stopping
 
     def _stop(self) -> None:
+        if self._claim:
+            self._claim.listener.close()  # else what connects now would wait for an answer that never comes
         for names in (("gateway",), ("control",), ("engine-host",)):
             self._stop_children([child for child in self._children if child.name.startswith(names)])
         stores = [child.process.pid for child in self._children if child.process is not None and child.running]

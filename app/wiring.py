@@ -124,7 +124,7 @@ async def _gateway(settings: Settings, fd: int | None, index: int) -> None:
             for work in (notifications.run(), view.run(), parts.catalog.run(), parts.ledger.run()):
                 background(work)
             reporting = background(reporter.run())
-            await serve(apps, parts.drain, drain_s=gateway.drain_s, alone=fd is None or gateway.count == 1)
+            await serve(apps, parts.drain, alone=fd is None or gateway.count == 1)
             reporting.cancel()
             await asyncio.wait({reporting})
             await reporter.leave()
@@ -149,10 +149,12 @@ def _gateway_parts(
     drain.on_begin(admission.close)
     ledger = Ledger(pool, gateway)
     metrics = Metrics()
-    metrics.watch("requests_running", "Requests at engines.", admission.running)
-    metrics.watch("requests_waiting", "Requests that hold.", admission.waiting)
-    metrics.watch("ledger_backlog", "Closes that Postgres has not taken yet.", lambda: ledger.backlog)
-    metrics.watch("ledger_dropped", "Closes given up, left to the reaper.", lambda: ledger.dropped)
+    metrics.watch(
+        running=admission.running,
+        waiting=admission.waiting,
+        backlog=lambda: ledger.backlog,
+        dropped=lambda: ledger.dropped,
+    )
     parts = GatewayParts(
         gateway=gateway,
         settings=settings.gateway,

@@ -40,18 +40,26 @@ class EngineClient:
     def __init__(self, *, silence_s: float) -> None:
         """`silence_s`: an engine that sends nothing for so long in the middle of an answer is lost."""
         self._timeout = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=CONNECT_S, sock_read=silence_s)
+        self._unlimited = aiohttp.ClientTimeout(total=None, connect=None, sock_connect=CONNECT_S, sock_read=None)
         self._sessions: dict[EngineId, tuple[str, aiohttp.ClientSession]] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def post(self, engine: Engine, path: str, body: bytes, request_id: str) -> Exchange:
+    async def post(self, engine: Engine, path: str, body: bytes, request_id: str, *, streams: bool) -> Exchange:
         """Send a JSON body and return when the engine has answered with a status line and headers.
 
-        Raises `EngineUnreachable` if there was no answer.
+        An answer that is not to be streamed comes all at once when it is done, so its silence says nothing and is not
+        limited; an engine that dies closes the connection. Raises `EngineUnreachable` if there was no answer.
         """
         session = self._session(engine)
         headers = {"Content-Type": "application/json", REQUEST_ID_HEADER: request_id}
         try:
-            response = await session.post(f"http://engine{path}", data=body, headers=headers, allow_redirects=False)
+            response = await session.post(
+                f"http://engine{path}",
+                data=body,
+                headers=headers,
+                allow_redirects=False,
+                timeout=self._timeout if streams else self._unlimited,
+            )
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise EngineUnreachable(f"engine {engine.id} did not answer: {_words(error)}") from None
         return Exchange(engine, response)

@@ -36,6 +36,8 @@ from engines.roster import Change, Roster
 
 LAST_LINES: Final = 50
 """How much of the log of a failed engine is kept."""
+ASK_AGAIN: Final = 2
+"""How often an engine that gives no answer is asked again before it counts as empty."""
 RETRY_S: Final = 1.0
 """Between attempts to stop an engine that the launcher could not stop."""
 HAND_OVER_S: Final = 2.0
@@ -316,6 +318,8 @@ class Controller:
     async def _asked(self, engine: Engine, draining: Draining) -> None:
         try:
             count = await self._in_flight(engine)
+            for _ in range(ASK_AGAIN):  # a busy engine may be slow to answer; a dead one is noticed by its launcher
+                count = await self._in_flight(engine) if count is None else count
         finally:
             self._asking.discard(engine.id)
         if count:

@@ -158,13 +158,33 @@ def mapped_shared_memory(pid: int) -> frozenset[str]:
 
 
 def unheld_shared_memory(names: Iterable[str]) -> list[str]:
-    """Those of the names in /dev/shm that still exist and that no living process has mapped or open."""
-    left = set(names) & shared_memory()
+    """Those of the names in /dev/shm that still exist and that no living process has mapped or open.
+
+    By inode: the C library makes a semaphore under another name, which the kernel goes on showing as a deleted file's.
+    """
+    left = {}
+    for name in names:
+        with contextlib.suppress(OSError):
+            left[(SHM / name).stat().st_ino] = name
     for process in every():
         if not left:
             break
-        left -= {name for name in left if _holds(process.pid, os.fsencode(SHM / name))}
-    return sorted(left)
+        for inode in _shared_inodes(process.pid):
+            left.pop(inode, None)
+    return sorted(left.values())
+
+
+def _shared_inodes(pid: int) -> Iterator[int]:
+    """Inodes in /dev/shm of what a process has mapped and open."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / str(pid) / "maps").read_text().splitlines():
+            if f" {SHM}/" in line:
+                yield int(line.split(maxsplit=5)[4])
+    with contextlib.suppress(OSError):
+        for descriptor in (PROC / str(pid) / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(descriptor.readlink()).startswith(f"{SHM}/"):
+                    yield descriptor.stat().st_ino
 
 
 def _ancestors(pid: int) -> Iterator[int]:
@@ -176,10 +196,6 @@ def _ancestors(pid: int) -> Iterator[int]:
 
 def _names_one(pid: int, needles: Iterable[bytes]) -> bool:
     return any(needle in text for text in _texts(pid, ("environ", "cmdline")) for needle in needles)
-
-
-def _holds(pid: int, path: bytes) -> bool:
-    return any(path in text for text in _texts(pid, ("maps",)))
 
 
 def _texts(pid: int, files: Sequence[str]) -> Iterator[bytes]:

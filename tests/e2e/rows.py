@@ -47,3 +47,14 @@ def books(stack: Stack) -> dict[str, dict[str, int]]:
                 total[name] += entry[name]
             total["lines"] += 1
     return sums
+
+
+def latest(stack: Stack) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Events by their highest revision: the final one of each request, and all by their name in the engine books."""
+    rows = query(stack, "SELECT DISTINCT ON (request_id, attempt) * FROM usage_event ORDER BY 1, 2, revision DESC")
+    final = [row for row in rows if row["final"]]
+    ended = {str(row["request_id"]): row for row in final}
+    assert len(ended) == len(final), "a request has two final attempts"
+    return ended, {
+        str(row["request_id"]) if row["attempt"] == 1 else f"{row['request_id']}.{row['attempt']}": row for row in rows
+    }

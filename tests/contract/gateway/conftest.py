@@ -45,9 +45,7 @@ async def start(db_pool: Pool, short_dir: Path) -> AsyncIterator[Start]:
             tenants, operators = server.listen("127.0.0.1", 0), server.listen("127.0.0.1", 0)
             urls = [f"http://127.0.0.1:{each.getsockname()[1]}" for each in (tenants, operators)]
             inside = Litestar([*health.routes(parts), health.metrics_route(parts)], openapi_config=None)
-            serving = asyncio.create_task(
-                server.run([(tenant_app(parts), tenants), (inside, operators)], parts.drain, drain_s=0.5)
-            )
+            serving = asyncio.create_task(server.run([(tenant_app(parts), tenants), (inside, operators)], parts.drain))
             session = aiohttp.ClientSession()
             gateway = Gateway(parts, db_pool, short_dir, key, other_key, session, *urls, serving, spans)
             return await stack.enter_async_context(gateway)
