@@ -12,7 +12,6 @@ from uuid import UUID
 
 import asyncpg
 import pytest
-from conftest import psql
 from metering import GATEWAY, NOW, TOKENS, Books, Pool, closed, event, opened, running, silence, tables
 
 from app.stores import EmbeddedPostgres
@@ -20,6 +19,7 @@ from tenants.errors import LedgerUnavailable
 from tenants.ledger import OPENS_MAX, Ledger
 from tenants.reaper import Reaper
 from tenants.usage import Outcome, Source, Tokens
+from tests.conftest import psql
 
 LONG = NOW + 10_000
 
