@@ -17,7 +17,9 @@ from loadtests.bench.stock import StockEngine, StockFailed
 
 START_S = 0.3
 FIRST_S = 0.2
-VLLM = f"""#!{sys.executable}
+VLLM = f"""#!/bin/sh
+'''exec' "{sys.executable}" "$0" "$@"
+' '''
 import json, os, socketserver, subprocess, sys, time
 from http.server import BaseHTTPRequestHandler
 
