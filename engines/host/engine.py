@@ -62,11 +62,22 @@ def _prepare(order: StartOrder, parser: Any) -> Any:
     process.name(f"greenroom: engine {order.engine}")
     process.confine()
     hooks.install(layout, book=True)
+    compile_nothing_if_eager(order)
     ours = ("--model", order.model_path, "--served-model-name", order.served_name, "--uds", str(layout.socket))
     arguments = parser.parse_args([*order.argv, *ours])
     _entry().configure_logging_from_args(arguments)
     import_module("vllm.entrypoints.launchers.cli_args").validate_parsed_serve_args(arguments)
     return arguments
+
+
+def compile_nothing_if_eager(order: StartOrder) -> None:
+    """Run as written what vLLM would compile, in each process of an engine that is told to be eager.
+
+    `--enforce-eager` covers the model alone. A few functions are compiled in spite of it once a request needs them
+    (top log-probabilities do): that takes seconds, and without a C++ compiler ends the engine.
+    """
+    if "--enforce-eager" in order.argv:
+        import_module("torch").compiler.set_stance("force_eager")
 
 
 def _prepare_application(renderer: Any, arguments: Any, config: Any) -> None:

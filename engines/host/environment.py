@@ -46,9 +46,15 @@ _FIXED = {
 
 
 def host_environment(inherited: Mapping[str, str], cache: Path) -> dict[str, str]:
-    """What the engine host sets for itself before it imports anything heavy; `cache` holds vLLM's caches."""
+    """What the engine host sets for itself before it imports anything heavy; `cache` holds its caches."""
     kept = {name: value for name, value in inherited.items() if name in INHERITED}
-    return {**kept, **_FIXED, "VLLM_CACHE_ROOT": str(cache / "vllm"), "HF_HOME": str(cache / "huggingface")}
+    caches = {
+        "VLLM_CACHE_ROOT": "vllm",
+        "HF_HOME": "huggingface",
+        "TORCHINDUCTOR_CACHE_DIR": "inductor",
+        "TRITON_CACHE_DIR": "triton",
+    }
+    return {**kept, **_FIXED, **{name: str(cache / folder) for name, folder in caches.items()}}
 
 
 def engine_environment(

@@ -1,6 +1,7 @@
 """Import everything that an engine will need, once, in the process that engines are forked from.
 
-The list is what a ready engine has in `sys.modules`; a test compares the two, so a new vLLM shows here what it adds.
+The list is what an engine has in `sys.modules` that has served every kind of request; a test compares the two, so a new
+vLLM shows here what it adds.
 """
 
 from __future__ import annotations
@@ -56,6 +57,12 @@ MODULES = (
     "vllm.entrypoints.serve.utils.fingerprint",
     "model_hosting_container_standards.sagemaker",
     "model_hosting_container_standards.common.custom_code_ref_resolver.function_loader",
+    # The grammars of structured output, which it imports with the first request for one.
+    "vllm.v1.structured_output.backend_guidance",
+    "vllm.v1.structured_output.backend_lm_format_enforcer",
+    "vllm.v1.structured_output.backend_outlines",
+    "vllm.v1.structured_output.backend_xgrammar",
+    "xgrammar.kernels",
     # What it imports to serve: the event loop, HTTP and its own processes.
     "uvloop",
     "uvicorn.protocols.http.httptools_impl",
@@ -67,6 +74,7 @@ MODULES = (
 )
 
 CPU_MODULES = (
+    "xgrammar.kernels.apply_token_bitmask_inplace_cpu",
     "vllm.utils.cpu_triton_utils",
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.attention.backends.cpu_attn",

@@ -23,6 +23,7 @@ _ORDER = parse_start(decode(sys.argv[1].encode()))
 if __name__ == "__mp_main__":
     process.die_with_parent()
     hooks.install(Layout.of(_ORDER), book=False)
+    engine.compile_nothing_if_eager(_ORDER)
 
 if __name__ == "__main__":
     engine.serve(_ORDER, preload.make_parser())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -81,11 +82,32 @@ def test_nobody_else_can_reach_the_sockets(host: RealHost, engine: RunningEngine
 
 
 def test_an_engine_imports_nothing_heavy_after_the_fork(host: RealHost, engine: RunningEngine, ground: Path) -> None:
-    engine.ask(CHAT, "imports", messages=[{"role": "user", "content": "Hello"}], max_tokens=4)
+    message = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for fields in (
+        {},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"logprobs": True, "top_logprobs": 2},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": schema}}], "tool_choice": "none"},
+    ):
+        engine.ask(CHAT, "imports", **message, **fields)
+    engine.ask("/v1/completions", "imports", prompt="Hello", max_tokens=4)
     noted = [line.split() for line in (ground / "imports").read_text().splitlines()]
     ours = {str(engine.pid), str(engine.core)}
     late = {name for pid, name in noted if pid in ours and name.startswith(HEAVY)}
     assert late <= set(IMPORTED_LATE), "add these to engines.host.preload"
+
+
+def test_an_eager_engine_needs_no_compiler(begin: Begin, ground: Path) -> None:
+    programs = ground / "programs"
+    programs.mkdir()
+    (programs / "lscpu").symlink_to(str(shutil.which("lscpu")))  # (vLLM asks it for the CPU's cores)
+    engine = begin(env={"PATH": str(programs), "CXX": "no compiler"}).wait_until_listening()
+    answer = engine.ask(
+        CHAT, "r5", messages=[{"role": "user", "content": "Hello"}], max_tokens=2, logprobs=True, top_logprobs=2
+    )
+    assert [len(token["top_logprobs"]) for token in answer["choices"][0]["logprobs"]["content"]] == [2, 2]
 
 
 def test_i10_kill_9_of_the_leader_takes_the_engine_core_along_and_connections_are_refused(begin: Begin) -> None:
