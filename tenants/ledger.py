@@ -274,7 +274,7 @@ class Ledger:
             log.warning("ledger_away", error=type(error).__name__, opens=len(self._opens), backlog=len(self._closes))
         self._audit_at = now
         for entry in [entry for entry in self._live.values() if entry.opened is not None and entry.deadline <= now]:
-            self._refuse(entry, f"the ledger can't be written just now ({type(error).__name__})")
+            self._refuse(entry, "the ledger can't be written just now")
         self._opens = deque(entry for entry in self._opens if entry.attempt in self._live)
         await asyncio.sleep(self._retry_s)
         self._retry_s = min(2 * self._retry_s, RETRY_S[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -141,6 +142,12 @@ async def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
             await asyncio.sleep(0.005)
 
 
+def listens(path: Path) -> bool:
+    """Does anybody take connections there? The file alone says only that somebody is about to."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        return connection.connect_ex(str(path)) == 0
+
+
 @dataclass
 class Gateway:
     """A running gateway, its clients, and what a test may do to its surroundings."""
@@ -166,12 +173,12 @@ class Gateway:
 
     async def start_engine(self, **script: Any) -> FakeEngine:
         engine_id = EngineId(str(uuid7()))
-        socket, book = self.directory / engine_id[-6:], self.directory / f"{engine_id[-6:]}.jsonl"
-        arguments = ["--socket", str(socket), "--book", str(book), "--served", SERVED, "--script", json.dumps(script)]
+        path, book = self.directory / engine_id[-6:], self.directory / f"{engine_id[-6:]}.jsonl"
+        arguments = ["--socket", str(path), "--book", str(book), "--served", SERVED, "--script", json.dumps(script)]
         process = await asyncio.create_subprocess_exec(sys.executable, str(PROGRAM), *arguments)
-        engine = FakeEngine(engine_id, socket, book, process)
+        engine = FakeEngine(engine_id, path, book, process)
         self.engines.append(engine)
-        await until(lambda: socket.exists() and book.exists())
+        await until(lambda: listens(path))
         return engine
 
     def publish(self, *, status: PoolStatus | None = None) -> None:

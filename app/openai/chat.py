@@ -19,7 +19,9 @@ from engines.model import RequestDefaults
 _MEDIA: Final = ("image_url", "audio_url", "video_url", "input_image")
 _TENSORS: Final = ("image_embeds", "audio_embeds", "video_embeds", "prompt_embeds", "image_pil")
 _INSTRUCTING: Final = frozenset({"system", "developer"})
-_TEMPLATE_KEYS: Final = ("chat_template", "tokenize", "tokenizer")
+_TEMPLATE_KEYS: Final = ("chat_template", "tokenize", "tokenizer", "messages", "conversation", "model_config")
+MOST_PARTS: Final = 4096
+"""Of all messages' contents together; each is looked at in Python, whose time all callers of a gateway share."""
 
 
 class _Message(Struct):
@@ -38,9 +40,10 @@ def _prompts(fields: Fields) -> int:
     messages = decoded(_messages, fields["messages"], "messages")
     if not messages:
         raise RequestInvalid("`messages` must have at least one message", "messages")
+    parts = 0
     for number, message in enumerate(messages):
         if bytes(memoryview(message.content)[:1]) == b"[":
-            _check_parts(message.content, f"messages[{number}].content")
+            parts += _check_parts(message.content, f"messages[{number}].content", MOST_PARTS - parts)
     if "chat_template_kwargs" in fields:
         kwargs = decoded(_kwargs, fields["chat_template_kwargs"], "chat_template_kwargs") or {}
         for key in _TEMPLATE_KEYS:
@@ -49,8 +52,12 @@ def _prompts(fields: Fields) -> int:
     return 1
 
 
-def _check_parts(content: Raw, name: str) -> None:
-    for number, part in enumerate(decoded(_parts, content, name)):
+def _check_parts(content: Raw, name: str, most: int) -> int:
+    """Refuse what may not be in a content, or more than `most` parts; returns how many there are."""
+    parts = decoded(_parts, content, name)
+    if len(parts) > most:
+        raise RequestInvalid(f"`{name}`: the messages have more than {MOST_PARTS} content parts", name)
+    for number, part in enumerate(parts):
         if isinstance(part, str):
             continue
         where = f"{name}[{number}]"
@@ -62,6 +69,7 @@ def _check_parts(content: Raw, name: str) -> None:
         for key in _MEDIA:
             if key in named and not _is_inline(part.get("image_url" if key == "input_image" else key)):
                 raise RequestInvalid(f"`{where}.{key}` must be a `data:` URL; addresses are not fetched", where)
+    return len(parts)
 
 
 def _is_inline(media: Any) -> bool:

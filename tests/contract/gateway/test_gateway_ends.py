@@ -173,7 +173,11 @@ async def test_an_engine_that_fails_in_the_middle_is_an_error_frame_and_done(
     assert chunks[-1] == "[DONE]"
     assert chunks[-2]["error"]["code"] == "engine_failed"
     assert "EngineCore" not in str(chunks)
-    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-2]] == ["", " w0", " w1"]
+    said = [chunk["choices"][0]["delta"]["content"] for chunk in chunks[:-2]]
+    if script.keys() & {"exit_after", "drop_after"}:  # what was on its way when the connection broke may be lost
+        assert said == ["", " w0", " w1"][: max(1, len(said))]
+    else:
+        assert said == ["", " w0", " w1"]
     (row,) = await gateway.ended()
     assert (row["outcome"], row["final"]) == ("engine_failed", True)
     assert gateway.parts.admission.running() == 0

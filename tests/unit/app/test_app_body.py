@@ -91,6 +91,29 @@ def test_stripped_fields_are_gone_and_refused_ones_may_ask_for_nothing() -> None
     assert sent.keys() == {"model", "messages", "cache_salt"}
 
 
+def test_a_body_of_very_many_fields_is_refused() -> None:
+    few = ",".join(f'"x{number}":1' for number in range(body.MOST_FIELDS - 2)).encode()
+    assert json.loads(composed(chat(few)))["x0"] == 1
+    assert refused(chat(few + b',"one_more":1')) == (None, "the body has more than 256 fields")
+
+
+@pytest.mark.parametrize("name", ["response_format", "structured_outputs"])
+def test_a_grammar_that_would_take_an_engine_long_to_compile_is_refused(name: str) -> None:
+    words = json.dumps({"enum": [f"w{number}" for number in range(10_000)]}).encode()
+    assert refused(chat(b'"%b":%b' % (name.encode(), words))) == (name, f"`{name}` has more than 65536 bytes")
+
+
+def test_very_many_content_parts_are_refused_over_all_messages() -> None:
+    def message(parts: int) -> dict[str, Any]:
+        return {"role": "user", "content": [{"type": "text", "text": "x"}] * parts}
+
+    def chat_of(*parts: int) -> bytes:
+        return json.dumps({"model": "bot", "messages": [message(count) for count in parts]}).encode()
+
+    assert len(json.loads(composed(chat_of(4000, 96)))["messages"]) == 2
+    assert refused(chat_of(4000, 97))[0] == "messages[1].content"
+
+
 @pytest.mark.parametrize(
     "field",
     [
