@@ -23,12 +23,13 @@ def test_i1_every_accepted_request_has_one_final_event_and_i2_its_tokens_are_the
         partial(client.chat, n=2, temperature=1.0),
         partial(client.chat, messages=[{"role": "user", "content": "word " * 4000}]),
         partial(client.leave, stream=True),
+        partial(client.leave, stream=True, n=2, temperature=1.0),
         partial(client.leave, stream=False, after_s=1.0),
     ]
-    replies = at_once(24, calls)
+    replies = at_once(28, calls)
     settled(stack)
     events = {key: row for key, row in finals(stack).items() if key not in before}
-    assert len(events) == 24
+    assert len(events) == 28
     entered = books(stack)
     for reply in (reply for reply in replies if isinstance(reply, Reply)):
         row = events[reply.request_id]
@@ -38,8 +39,13 @@ def test_i1_every_accepted_request_has_one_final_event_and_i2_its_tokens_are_the
         assert reply.good, reply
         assert (row["outcome"], row["source"]) == ("completed", "stream")
         assert row["completion_tokens"] == reply.completion_tokens
-    gone = [row for row in events.values() if row["outcome"] == "client_gone"]
-    assert sorted(row["source"] for row in gone) == ["book"] * 4 + ["stream"] * 4
+    gone = {key: row["source"] for key, row in events.items() if row["outcome"] == "client_gone"}
+    saw_tokens = [key for key in gone if key in replies]
+    assert sorted(gone[key] for key in saw_tokens) == ["book"] * 4 + ["stream"] * 4
+    # Whoever left before an engine had the request used nothing, and no engine says otherwise.
+    unseen = {key: source for key, source in gone.items() if key not in saw_tokens}
+    assert unseen == {key: "book" if key in entered else "none" for key in unseen}
+    assert len(unseen) == 4
     for key, row in events.items():
         if row["source"] == "none":
             continue
