@@ -26,7 +26,8 @@ ARGV = (
     *("--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--disable-uvicorn-access-log", "--disable-fastapi-docs", "--load-format", "safetensors"),
 )
-PATIENCE_S = 90.0
+PATIENCE_S = 180.0
+"""A stock engine takes half a minute to start on two idle cores, and several times that on busy ones."""
 
 T = TypeVar("T")
 
