@@ -10,10 +10,9 @@ with `final=False` opens the next attempt in the same commit; `open` of that att
 closed like any other even if that wait failed.
 
 Postgres away:
-- An open waits two to four seconds for it to come back and is then refused (`LedgerUnavailable`): the client must see
-  nothing of it. If its row was sent and the connection broke before the answer, nobody knows whether it is there.
-  Within its time it is written again (there is a primary key); after that it is remembered as refused, and the audit
-  removes it.
+- An open waits two to four seconds for it to come back and is then refused (`LedgerUnavailable`): its client must see
+  nothing. If its row was sent and the connection broke before the answer, nobody knows whether it is there. Within its
+  time it is written again (there is a primary key); after that it is remembered as refused, and the audit removes it.
 - A close is kept until Postgres takes it. Beyond `BACKLOG_MAX` of them it is dropped: logged with its ids, counted in
   `dropped`, its open row left for the reaper by the audit, which closes it from the engine book.
 - The audit compares this gateway's open rows in the database with what it answers for: after every failure, every half

@@ -26,8 +26,7 @@ ARGV = (
     *("--kv-cache-memory-bytes", str(64 << 20), "--enforce-eager", "--enable-prompt-tokens-details"),
     *("--disable-uvicorn-access-log", "--disable-fastapi-docs", "--load-format", "safetensors"),
 )
-PATIENCE_S = 180.0
-"""A stock engine takes half a minute to start on two idle cores, and several times that on busy ones."""
+PATIENCE_S = 90.0
 
 T = TypeVar("T")
 
@@ -146,13 +145,13 @@ class RunningEngine:
         connection.connect(str(self.files.socket))
         return connection
 
-    def wait_until_listening(self) -> RunningEngine:
+    def wait_until_listening(self, within_s: float = PATIENCE_S) -> RunningEngine:
         def listening() -> bool:
             assert group.alive(self.pid, self.pid_start), self.files.log.read_text()[-5000:]
             with socket.socket(socket.AF_UNIX) as connection:
                 return connection.connect_ex(str(self.files.socket)) == 0
 
-        eventually(listening)
+        eventually(listening, within_s)
         return self
 
     @contextlib.contextmanager

@@ -146,10 +146,8 @@ class Load:
         """Everything that was no good answer."""
         return [str(reply) for reply in self.replies if not reply.good] + self.errors
 
-    def wait_for(self, count: int, timeout_s: float = 180.0) -> None:
-        """Return once so many more requests have ended. A stock engine takes half a minute to start on two idle cores,
-        and several times that on busy ones.
-        """
+    def wait_for(self, count: int, timeout_s: float = 60.0) -> None:
+        """Return once so many more requests have ended."""
         target, end = len(self.replies) + len(self.errors) + count, time.monotonic() + timeout_s
         while len(self.replies) + len(self.errors) < target:
             assert time.monotonic() < end, f"only {len(self.replies)} replies, {len(self.errors)} errors: {self.bad}"

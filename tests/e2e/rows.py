@@ -1,9 +1,10 @@
-"""The ledger's rows and the engine books, read behind the product's back."""
+"""The ledger's rows, the engine books and the gateways' log, read behind the product's back."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import asyncpg
@@ -47,6 +48,13 @@ def books(stack: Stack) -> dict[str, dict[str, int]]:
                 total[name] += entry[name]
             total["lines"] += 1
     return sums
+
+
+def refused(stack: Stack) -> set[str]:
+    """The requests that were never accepted because they couldn't be recorded, by the gateways' log."""
+    entries = re.findall(r'\{[^{}]*"event": "refused"[^{}]*\}', stack.log_path.read_text())
+    # A request that is refused before it is to be recorded has a code there in place of a detail.
+    return {entry["request_id"] for entry in map(json.loads, entries) if "detail" in entry}
 
 
 def latest(stack: Stack) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:

@@ -30,9 +30,8 @@ def test_a_spawned_engine_has_phases_a_book_and_no_orphans(
 ) -> None:
     answer = spawning_host.request("hello", epoch=1)
     assert (answer["mode"], answer["gate"]) == ("spawn", None)
-    engine = spawning_host.start(
-        order(demo_model, ground, threads=2, env={"CXX": "no compiler"})
-    ).wait_until_listening()
+    engine = spawning_host.start(order(demo_model, ground, threads=2, env={"CXX": "no compiler"}))
+    engine.wait_until_listening(within_s=180.0)  # half a minute on two idle cores
     assert [name for name, _ in engine.phases()] == ["fork", "config", "weights", "init", "listening"]
     message = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
     said = engine.ask("/v1/chat/completions", "s1", **message, n=2, temperature=1, logprobs=True, top_logprobs=2)
