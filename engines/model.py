@@ -23,7 +23,8 @@ GatewayId = NewType("GatewayId", str)  # UUIDv7 of one gateway process
 SHARED: Final = "shared"
 HOST_MEMORY: Final = "mem"
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$(?!\n)")]
+NAME_PATTERN: Final = r"^[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?$(?!\n)"
+Name = Annotated[str, Meta(pattern=NAME_PATTERN)]
 """A name that people choose: lower-case letters, digits, `.`, `_`, `-`; 1 to 64 characters; safe in URLs and logs."""
 
 PositiveInt = Annotated[int, Meta(ge=1)]

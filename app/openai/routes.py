@@ -102,7 +102,7 @@ async def _accept(
     settings = parts.settings
     text = await body.read(receive, headers, most=settings.max_body_bytes, timeout_s=settings.body_timeout_s)
     asked = body.parse(endpoint, text)
-    variant = _variant(parts, workspace, asked.model)
+    variant = await _variant(parts, workspace, asked.model)
     composed = body.compose(asked, variant)
     span = parts.telemetry.begin(f"POST {endpoint.path}", received_at)
     opening = UsageOpen(
@@ -132,8 +132,8 @@ async def _caller(parts: GatewayParts, authorization: bytes | str | None) -> tup
     return caller, caller.workspace
 
 
-def _variant(parts: GatewayParts, workspace: str, name: str) -> Variant:
-    variant = parts.catalog.get(workspace, name)
+async def _variant(parts: GatewayParts, workspace: str, name: str) -> Variant:
+    variant = await parts.catalog.find(workspace, name)
     if variant is None:
         raise ModelUnknown(name, workspace, (variant.name for variant in parts.catalog.of(workspace)))
     return variant
@@ -185,7 +185,7 @@ def _models(parts: GatewayParts) -> list[Any]:
     @get("/v1/models/{name:str}")
     async def get_model(request: Request[Any, Any, Any], name: FromPath[str]) -> ModelView:
         _, workspace = await _caller(parts, request.headers.get("authorization"))
-        return view(_variant(parts, workspace, name))
+        return view(await _variant(parts, workspace, name))
 
     return [list_models, get_model]
 

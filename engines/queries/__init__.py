@@ -13,6 +13,7 @@ from __future__ import annotations
 from engines.queries.catalog import (
     CATALOG_CHANNEL,
     ModelRecord,
+    all_have_any,
     all_variants,
     create_model,
     create_variant,
@@ -62,6 +63,7 @@ __all__ = [
     "Installation",
     "Interval",
     "ModelRecord",
+    "all_have_any",
     "all_variants",
     "change_engine",
     "create_model",

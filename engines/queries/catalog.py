@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 import asyncpg
@@ -174,6 +175,21 @@ async def all_variants(database: Database) -> tuple[Variant, ...]:
         """
     )
     return tuple(_variant(row) for row in rows)
+
+
+async def all_have_any(database: Database, names: Iterable[tuple[str, str]]) -> bool:
+    """Do all workspaces together have any of these (workspace, name)? Says yes or no alone."""
+    workspaces, variants = zip(*names, strict=True)
+    found: bool = await database.fetchval(
+        """
+        SELECT EXISTS (
+            SELECT FROM unnest($1::text[], $2::text[]) AS wanted (workspace, name) JOIN variant USING (workspace, name)
+        )
+        """,
+        workspaces,
+        variants,
+    )
+    return found
 
 
 async def lock_catalog(connection: Connection) -> None:

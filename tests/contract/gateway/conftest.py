@@ -40,6 +40,8 @@ async def start(db_pool: Pool, short_dir: Path) -> AsyncIterator[Start]:
             spans = InMemorySpanExporter()
             parts = gateway_parts(db_pool, GatewaySettings(**{"drain_s": 0.5, **settings}), spans)
             await parts.catalog.load()
+            catalog = asyncio.create_task(parts.catalog.run())
+            stack.callback(catalog.cancel)
             ledger = asyncio.create_task(parts.ledger.run())
             stack.push_async_callback(end_ledger, parts, ledger)
             tenants, operators = server.listen("127.0.0.1", 0), server.listen("127.0.0.1", 0)

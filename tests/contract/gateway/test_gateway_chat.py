@@ -9,8 +9,9 @@ from typing import Any
 from uuid import UUID
 
 import openai
-from gateways import SERVED, Gateway, events, until
+from gateways import SERVED, Gateway, events, until, variant
 
+from engines import queries as engine_queries
 from engines.model import EngineState
 
 
@@ -39,6 +40,13 @@ async def test_i1_a_streamed_chat_goes_through_and_has_one_final_event(gateway: 
     assert (str(row["engine"]), row["cold"], row["stream"], row["endpoint"]) == (engine.id, False, True, "chat")
     line = await engine.book_line()
     assert (line["request_id"], line["prompt"], line["cached"], line["completion"]) == (request_id, 7, 4, 3)
+
+
+async def test_a_variant_can_be_named_before_the_gateway_was_told_of_it(gateway: Gateway) -> None:
+    await gateway.engine(tokens=3)
+    await engine_queries.create_variant(gateway.pool, "acme", variant("acme", "late"))
+    async with gateway.post(model="late") as answer:
+        assert (answer.status, (await answer.json())["model"]) == (200, "late")
 
 
 async def test_the_engine_gets_our_fields_and_nothing_of_the_clients_headers(gateway: Gateway) -> None:

@@ -167,6 +167,32 @@ async def test_the_catalog_follows_notifications_and_leaves_disabled_workspaces_
     running.cancel()
 
 
+async def test_a_variant_is_found_before_its_notification_is_here(pool: Pool) -> None:
+    catalog = Catalog(pool)
+    loads: list[int] = []
+    catalog.subscribe(lambda variants: loads.append(len(variants)))
+    await catalog.load()
+    running = asyncio.create_task(catalog.run())
+    assert await catalog.find("acme", "bot") is None
+    await queries.create_variant(pool, "acme", make_variant("acme", "bot"))
+    found = await asyncio.gather(*(catalog.find("acme", name) for name in ("bot", "bot", "other", "bot\0", "no\ud800")))
+    assert [variant and variant.name for variant in found] == ["bot", "bot", None, None, None]
+    assert await catalog.find("other", "bot") is None
+    assert loads == [1]
+    running.cancel()
+
+
+async def test_what_is_not_known_is_not_found_while_postgres_is_away(pool: Pool, database: str) -> None:
+    await queries.create_variant(pool, "acme", make_variant("acme", "bot"))
+    async with asyncpg.create_pool(database, min_size=1, max_size=1) as own:
+        catalog = Catalog(own)
+        await catalog.load()
+    running = asyncio.create_task(catalog.run())
+    assert await catalog.find("acme", "bot") is not None
+    assert await catalog.find("acme", "other") is None
+    running.cancel()
+
+
 async def test_a_load_that_finds_nothing_new_tells_nobody(pool: Pool) -> None:
     catalog = Catalog(pool)
     await queries.create_variant(pool, "acme", make_variant("acme", "bot"))
