@@ -50,6 +50,16 @@ def books(stack: Stack) -> dict[str, dict[str, int]]:
     return sums
 
 
+def reasons(stack: Stack) -> dict[str, list[str]]:
+    """Why the sequences of each request ended, by all engine books."""
+    found: dict[str, list[str]] = {}
+    for path in (stack.data_dir / "engines").glob("*/book.jsonl"):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            found.setdefault(entry["request_id"], []).append(entry["reason"])
+    return found
+
+
 def refused(stack: Stack) -> set[str]:
     """The requests that were never accepted because they couldn't be recorded, by the gateways' log."""
     entries = re.findall(r'\{[^{}]*"event": "refused"[^{}]*\}', stack.log_path.read_text())
