@@ -178,12 +178,14 @@ async def all_variants(database: Database) -> tuple[Variant, ...]:
 
 
 async def all_have_any(database: Database, names: Iterable[tuple[str, str]]) -> bool:
-    """Do all workspaces together have any of these (workspace, name)? Says yes or no alone."""
+    """Would `all_variants` have any of these (workspace, name)? Says only yes or no."""
     workspaces, variants = zip(*names, strict=True)
     found: bool = await database.fetchval(
         """
         SELECT EXISTS (
-            SELECT FROM unnest($1::text[], $2::text[]) AS wanted (workspace, name) JOIN variant USING (workspace, name)
+            SELECT FROM unnest($1::text[], $2::text[]) AS wanted (workspace, name)
+            JOIN variant v USING (workspace, name) JOIN workspace w ON w.name = v.workspace
+            WHERE w.disabled_at IS NULL
         )
         """,
         workspaces,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import asyncpg
@@ -40,24 +41,26 @@ def finals(stack: Stack) -> dict[str, dict[str, Any]]:
 def books(stack: Stack) -> dict[str, dict[str, int]]:
     """What all engine books say, summed by request id (attempts apart, as `id.2`)."""
     sums: dict[str, dict[str, int]] = {}
-    for path in (stack.data_dir / "engines").glob("*/book.jsonl"):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            total = sums.setdefault(entry["request_id"], {"prompt": 0, "cached": 0, "completion": 0, "lines": 0})
-            for name in ("prompt", "cached", "completion"):
-                total[name] += entry[name]
-            total["lines"] += 1
+    for entry in _entries(stack):
+        total = sums.setdefault(entry["request_id"], {"prompt": 0, "cached": 0, "completion": 0, "lines": 0})
+        for name in ("prompt", "cached", "completion"):
+            total[name] += entry[name]
+        total["lines"] += 1
     return sums
 
 
 def reasons(stack: Stack) -> dict[str, list[str]]:
     """Why the sequences of each request ended, by all engine books."""
     found: dict[str, list[str]] = {}
-    for path in (stack.data_dir / "engines").glob("*/book.jsonl"):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            found.setdefault(entry["request_id"], []).append(entry["reason"])
+    for entry in _entries(stack):
+        found.setdefault(entry["request_id"], []).append(entry["reason"])
     return found
+
+
+def _entries(stack: Stack) -> Iterator[dict[str, Any]]:
+    """The lines of all engine books."""
+    for path in (stack.data_dir / "engines").glob("*/book.jsonl"):
+        yield from map(json.loads, path.read_text().splitlines())
 
 
 def refused(stack: Stack) -> set[str]:

@@ -179,6 +179,13 @@ async def test_a_variant_is_found_before_its_notification_is_here(pool: Pool) ->
     assert [variant and variant.name for variant in found] == ["bot", "bot", None, None, None]
     assert await catalog.find("other", "bot") is None
     assert loads == [1]
+
+    await queries.create_variant(pool, "other", make_variant("other", "late"))
+    await pool.execute("UPDATE workspace SET disabled_at = now() WHERE name = 'other'")
+    await queries.create_variant(pool, "acme", make_variant("acme", "late"))
+    assert await catalog.find("acme", "nothing") is None
+    assert await catalog.find("other", "late") is None
+    assert catalog.get("acme", "late") is None, "everything was loaded for a name that isn't there"
     running.cancel()
 
 
@@ -190,6 +197,7 @@ async def test_what_is_not_known_is_not_found_while_postgres_is_away(pool: Pool,
     running = asyncio.create_task(catalog.run())
     assert await catalog.find("acme", "bot") is not None
     assert await catalog.find("acme", "other") is None
+    assert not running.done()
     running.cancel()
 
 
